@@ -1,0 +1,1 @@
+"""Veneer: thin trainable layers over a frozen PyTorch model."""
