@@ -1,0 +1,329 @@
+"""attach, detach, activate, disabled, route, merge, unmerge: everything that changes a model in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from veneer.hosts import AttentionHost, Host
+from veneer.hosts.attention import keep_slow_path
+from veneer.hosts.swap import lay, lift
+from veneer.method import Adapter, Method, VeneerError, nearest
+from veneer.plan import Plan, PlanEntry, Rules, Weight, base_modules, scan
+from veneer.plan import plan as make_plan
+from veneer.route import Route, RowNames
+from veneer.storage import storage_of
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
+    """(module name, host) of every adapted module, in the model's order."""
+    for name, module in base_modules(model):
+        if isinstance(module, Host):
+            yield name, module
+
+
+def routes(model: nn.Module) -> list[Route]:
+    """The distinct routes of the model's hosts: one, unless parts were adapted before they were put together."""
+    found = {id(host.veneer.route): host.veneer.route for _, host in hosts(model)}
+    return list(found.values())
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters on the model, in the order of their first host."""
+    return list(dict.fromkeys(name for _, host in hosts(model) for name in host.adapters))
+
+
+class Attached(NamedTuple):
+    """One adapter on one weight of a model."""
+
+    weight: Weight
+    adapter: Adapter
+
+
+def attached(model: nn.Module, name: str) -> list[Attached]:
+    """The adapters called `name`, one per weight (a tied weight counts once), in the model's order."""
+    found = []
+    for weight in scan(model):
+        for place in weight.places:
+            if isinstance(place.module, Host) and name in place.module.adapters:
+                slots = place.module.adapters[name]
+                if place.param in slots:  # type: ignore[operator]
+                    found.append(Attached(weight, slots[place.param]))  # type: ignore[index]
+                    break
+    return found
+
+
+def _known(model: nn.Module, names: Iterable[str]) -> list[str]:
+    present = adapter_names(model)
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if name not in present:
+            have = ", ".join(map(repr, present)) or "none"
+            raise VeneerError(f"no adapter named {name!r} on this model{nearest(str(name), present)} It has: {have}")
+    return names
+
+
+def _no_merge(model: nn.Module, doing: str) -> None:
+    merged = sorted({name for _, host in hosts(model) for name in host.veneer.merged})
+    if merged:
+        raise VeneerError(f"{doing}: adapter {', '.join(map(repr, merged))} is merged into the base weights; call "
+                          "veneer.unmerge(model) first")
+
+
+def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: int = 0) -> nn.Module:
+    """Lay adapters over the weights that `rules` name, in place, and make them the live ones.
+
+    The base is frozen; other adapters keep their `requires_grad`, but only `name` is live afterwards (see
+    `activate`). Adapter parameters are fp32 over a 16-bit base and are seeded by (seed, weight name): equal
+    on every device, rank and order. On the meta device nothing is computed; `to_empty` fills the adapters.
+
+    Returns the same model. Raises `VeneerError` for a bad rule (see `plan`), a name in use, or a merged model,
+    before anything has been touched.
+    """
+    _check_name(model, name)
+    _no_merge(model, "attach")
+    made = rules if isinstance(rules, Plan) else make_plan(model, rules)
+    adapters = _build(made, seed)
+    known = routes(model)
+    route = known[0] if known else Route()
+    for entry, adapter in zip(made.entries, adapters, strict=True):
+        for place in entry.weight.places:
+            host = lay(place.module, place.host, (place.param,), route)
+            host.veneer.layouts[place.param] = place.layout
+            if name not in host.adapters:
+                host.adapters[name] = nn.ModuleDict()
+            host.adapters[name][place.param] = adapter  # type: ignore[operator, index]
+            host.adapters[name].train(host.training)
+    _guard_direct_readers(model)
+    freeze_base(model, route)
+    for each in routes(model):
+        each.live = (name,)
+    return model
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or name in dir(nn.ModuleDict):
+        raise VeneerError(f"an adapter name must be a non-empty string without dots that is no attribute of "
+                          f"nn.ModuleDict, got {name!r}")
+    if name in adapter_names(model):
+        raise VeneerError(f"this model already has an adapter {name!r}; detach(model, {name!r}) first, or give "
+                          "this one another name")
+
+
+def _build(made: Plan, seed: int) -> list[Adapter]:
+    """The adapters of a plan, filled, not yet attached."""
+    by_method: dict[Method, list[PlanEntry]] = {}
+    for entry in made.entries:
+        by_method.setdefault(entry.method, []).append(entry)
+    shared = {method: method.shared({e.name: e.weight.layout.shape for e in group}, seed)
+              for method, group in by_method.items()}
+    adapters = []
+    for entry in made.entries:
+        tensor, layout = entry.weight.tensor, entry.weight.layout
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        with torch.device(tensor.device):
+            adapter = entry.method.build(layout.shape, dtype, shared[entry.method])
+        adapter.seed_key = f"{seed}/{entry.name}"
+        adapter.method = entry.method
+        with torch.no_grad():
+            adapter.initialise(layout.matrix(storage_of(tensor, entry.name).read(tensor)))
+        adapters.append(adapter)
+    return adapters
+
+
+def freeze_base(model: nn.Module, route: Route) -> None:
+    """Freeze everything but adapters; what was trainable is remembered for the last detach."""
+    ours = {id(p) for _, host in hosts(model) for p in host.adapters.parameters()}
+    for param in model.parameters():
+        if id(param) not in ours and param.requires_grad:
+            param.requires_grad_(False)
+            route.thawed.append(param)
+
+
+def _guard_direct_readers(model: nn.Module) -> None:
+    """Some of torch's own modules read their children's weights without calling them."""
+    adapted = {id(host) for _, host in hosts(model)}
+    for _, module in list(base_modules(model)):
+        if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in adapted:
+            lay(module, AttentionHost, (), module.out_proj.veneer.route)  # type: ignore[union-attr, arg-type]
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in module.modules():
+                if isinstance(child, Host) and child.veneer.fast_path_guard is None:
+                    child.veneer.fast_path_guard = child.register_forward_pre_hook(keep_slow_path)
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take the adapter `name`, or all of them, off the model.
+
+    With the last one gone the model is the object it was: classes, state-dict keys, bits, `requires_grad`.
+    What was merged with its originals kept is unmerged; after `merge(model, keep=False)` the merged weights
+    stay. Raises `VeneerError` for an unknown name.
+    """
+    names = adapter_names(model) if name is None else _known(model, [name])
+    merged = {n for _, host in hosts(model) for n in host.veneer.merged}
+    if merged and name is not None and name not in merged:
+        _no_merge(model, f"detach {name!r}")
+    if merged & set(names) and any(host.veneer.kept for _, host in hosts(model)):
+        unmerge(model)
+    known = routes(model)
+    found = [host for _, host in hosts(model)]
+    for host in found:
+        for each in names:
+            if each in host.adapters:
+                del host.adapters[each]
+    for route in known:
+        route.live = tuple(n for n in route.live if n not in names)
+    needed = _still_needed(found)
+    for host in found:
+        if not needed[id(host)]:
+            lift(host)
+    if not any(True for _ in hosts(model)):
+        for route in known:
+            for param in route.thawed:
+                param.requires_grad_(True)
+            route.thawed.clear()
+    return model
+
+
+def _still_needed(found: Sequence[Host]) -> dict[int, bool]:
+    """A host stays for adapters of its own, or (attention) for those of the `out_proj` it reads."""
+    needed = {id(host): len(host.adapters) > 0 for host in found}
+    for host in found:
+        if isinstance(host, AttentionHost):
+            needed[id(host)] |= any(needed.get(id(child), False) for child in host.shown_hosts())
+    return needed
+
+
+def activate(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
+    """Make exactly these adapters live (several add up; an empty list is the bare base).
+
+    Never changes `requires_grad`. Raises `VeneerError` for an unknown name or a merged model.
+    """
+    wanted = tuple(_known(model, [names] if isinstance(names, str) else names))
+    _no_merge(model, "activate")
+    for route in routes(model):
+        route.live = wanted
+    return model
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the context the model computes what the bare base computes."""
+    _no_merge(model, "disabled")
+    known = routes(model)
+    for route in known:
+        route.disabled += 1
+    try:
+        yield model
+    finally:
+        for route in known:
+            route.disabled -= 1
+
+
+@contextlib.contextmanager
+def route(model: nn.Module, row_names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Inside the context each row of the batch goes through its own adapter; None is the bare base.
+
+    row_names: one entry per row of the batch (dimension 0 of what the model is given). A batch expanded n-fold
+    inside the model (beams, flattened tokens) must keep the copies of a row together.
+    Raises `VeneerError` for an unknown name, a merged model, or, in the forward, a batch that does not fit.
+    """
+    if isinstance(row_names, str) or not len(row_names):
+        raise VeneerError(f"route needs one adapter name or None per row of the batch, got {row_names!r}")
+    _known(model, [name for name in row_names if name is not None])
+    _no_merge(model, "route")
+    known = routes(model)
+    before = [each.rows for each in known]
+    rows = RowNames(row_names)
+    for each in known:
+        each.rows = rows
+    try:
+        yield model
+    finally:
+        for each, old in zip(known, before, strict=True):
+            each.rows = old
+
+
+def merge(model: nn.Module, names: str | Iterable[str] | None = None, keep: bool = True) -> nn.Module:
+    """Write the adapted weights over the base weights; `names` defaults to the live adapters.
+
+    Computed in fp32 or wider and rounded once. With `keep` the base's own values are kept (costing their
+    memory) so that `unmerge` gives their bits back; without, the merge is final.
+    Raises `VeneerError`, with nothing changed, when a merged weight would not be finite or when something is
+    merged already.
+    """
+    _no_merge(model, "merge")
+    if names is None:
+        names = [n for each in routes(model) for n in each.live]
+    wanted = _known(model, [names] if isinstance(names, str) else names)
+    if not wanted:
+        raise VeneerError("merge: no adapter is live; name the ones to merge")
+    done: dict[int, Any] = {}
+    todo = [(host, _merged_values(module, host, wanted, done)) for module, host in hosts(model)]
+    for host, values in todo:
+        for param, value in values.items():
+            before = _put(host, param, value)
+            if keep:
+                host.veneer.kept[param] = before
+        host.veneer.merged = tuple(n for n in wanted if n in host.adapters)
+    return model
+
+
+@torch.no_grad()
+def _merged_values(name: str, host: Host, wanted: Sequence[str], done: dict[int, Any]) -> dict[str, torch.Tensor]:
+    """New values by parameter name; a tied tensor is merged once, in its first place."""
+    values: dict[str, torch.Tensor] = {}
+    for param in host.veneer.layouts:
+        stored = host._parameters[param]
+        adapters = host.live(param, wanted)
+        if not adapters or stored is None or id(stored) in done:
+            continue
+        done[id(stored)] = True
+        values[param] = host.adapted_weight(param, adapters, wide=True).to(stored.dtype)
+    added = [a.bias_delta() for a in host.live("weight", wanted)] if "weight" in host.veneer.layouts else []
+    extra = [d for d in added if d is not None]
+    if extra:
+        bias = values.get("bias", host._parameters.get("bias"))
+        weight = host._parameters["weight"]
+        assert weight is not None
+        total = sum(d.to(torch.promote_types(d.dtype, torch.float32)) for d in extra)
+        values["bias"] = (total if bias is None else bias + total).to(weight.dtype)  # type: ignore[union-attr]
+    for param, value in values.items():
+        if not torch.isfinite(value).all():
+            raise VeneerError(f"merge: {name}.{param} would hold NaN or infinite values; nothing was merged")
+    return values
+
+
+def _put(host: Host, param: str, value: torch.Tensor) -> torch.Tensor | None:
+    stored = host._parameters.get(param)
+    if stored is None:  # an adapter's bias on a layer that had none
+        host.register_parameter(param, nn.Parameter(value, requires_grad=False))
+        return None
+    return storage_of(stored, param).swap(stored, value)
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Give the base weights their own bits back, after any number of cycles.
+
+    Raises `VeneerError` when nothing is merged, or when the originals were not kept.
+    """
+    merged = [host for _, host in hosts(model) if host.veneer.merged]
+    if not merged:
+        raise VeneerError("unmerge: nothing is merged")
+    if not any(host.veneer.kept for host in merged):
+        raise VeneerError("unmerge: the merge was made with keep=False, so the base's own values are gone")
+    for host in merged:
+        for param, before in host.veneer.kept.items():
+            stored = host._parameters[param]
+            assert stored is not None
+            if before is None:
+                host.register_parameter(param, None)
+            else:
+                storage_of(stored, param).swap(stored, before.to(stored.device, stored.dtype))
+        host.veneer.kept.clear()
+        host.veneer.merged = ()
+    return model

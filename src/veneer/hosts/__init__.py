@@ -1,0 +1,40 @@
+"""The hosts: what a weight is and how it is applied. The first that claims a parameter has it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from veneer.hosts.attention import AttentionHost, OutProjHost
+from veneer.hosts.base import Host, Layout
+from veneer.hosts.conv import ConvHost
+from veneer.hosts.embedding import EmbeddingHost
+from veneer.hosts.linear import Conv1DHost, LinearHost
+from veneer.hosts.parameter import ParameterHost
+
+HOSTS: tuple[type[Host], ...] = (
+    OutProjHost, LinearHost, Conv1DHost, ConvHost, EmbeddingHost, AttentionHost, ParameterHost)
+
+
+def host_of(module: nn.Module) -> tuple[type[Host], dict[str, Layout]]:
+    """The host for a module's own parameters and how each of them is laid out; empty when it has none."""
+    if isinstance(module, Host):
+        host = next(h for h in HOSTS if isinstance(module, h))
+        return host, {**_base_claims(module, host)}
+    for host in HOSTS:
+        found = host.claims(module)
+        if found:
+            return host, found
+    return ParameterHost, {}
+
+
+def _base_claims(module: Host, host: type[Host]) -> dict[str, Layout]:
+    # `claims` looks at the class's own forward, which a host covers: ask on behalf of the class below it.
+    kind = type(module)
+    module.__class__ = kind.veneer_base  # type: ignore[attr-defined]
+    try:
+        return host.claims(module)
+    finally:
+        module.__class__ = kind
+
+
+__all__ = ["HOSTS", "Host", "Layout", "host_of"]

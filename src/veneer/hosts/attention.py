@@ -1,0 +1,66 @@
+"""`nn.MultiheadAttention`, which reads `in_proj_weight` and `out_proj.weight` without calling a submodule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from veneer.hosts.base import Host, Layout
+from veneer.hosts.parameter import ParameterHost
+
+
+class AttentionHost(ParameterHost):
+    """Shows its own projections and, for the same time, those of its `out_proj`."""
+
+    is_linear = True
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+        return super().claims(module) if isinstance(module, nn.MultiheadAttention) else {}
+
+    def shown_hosts(self) -> Sequence[Host]:
+        out_proj = cast(Any, self).out_proj
+        return (self, out_proj) if isinstance(out_proj, Host) else (self,)
+
+    def batch_dim(self, args: tuple, kwargs: dict) -> int:
+        # The attention weights returned beside the output have the batch first in any case; see `forward`.
+        return 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        attention = cast(Any, self)
+        if self.veneer.route.rows is None or attention.batch_first:
+            return super().forward(*args, **kwargs)
+        # Rows are told apart along dimension 0, where this module has the batch only for the weights.
+        return self._batch_second(*args, **kwargs)
+
+    def _batch_second(self, *args: Any, **kwargs: Any) -> Any:
+        attention = cast(Any, self)
+        args = tuple(_swap(a) if i < 3 else a for i, a in enumerate(args))
+        kwargs = {k: _swap(v) if k in ("query", "key", "value") else v for k, v in kwargs.items()}
+        attention.batch_first = True
+        try:
+            out, weights = super().forward(*args, **kwargs)
+        finally:
+            attention.batch_first = False
+        return _swap(out), weights
+
+
+class OutProjHost(ParameterHost):
+    """The `out_proj` of an attention module: shown by its parent, or by itself when it is called."""
+
+    is_linear = True
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+        return super().claims(module) if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) else {}
+
+
+def _swap(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1)
+
+
+def keep_slow_path(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: its presence keeps `nn.TransformerEncoderLayer` from its fused fast path,
+    which reads the layers' weights directly and would pass the adapters by."""

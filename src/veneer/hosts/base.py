@@ -1,0 +1,174 @@
+"""What every host shares: its adapters, its state, and the weight-space definition.
+
+A host is a mixin that is laid over a module's own class. It knows how a weight is applied, never which
+method adapts it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.method import Adapter, Shape, VeneerError
+from veneer.ops import Term
+from veneer.route import Route
+from veneer.storage import storage_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a stored weight is seen as the matrix (*batch, out, in) that methods work on."""
+
+    shape: Shape
+    native: tuple[int, ...]
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, weight: Tensor, *, transposed: bool = False, kernel: Sequence[int] = ()) -> Layout:
+        """The layout of a stored weight: vector, matrix (out, in), experts (E, out, in), convolution."""
+        size = tuple(weight.shape)
+        if len(size) <= 1:
+            shape = Shape(out=weight.numel(), in_=1)
+        elif kernel or len(size) > 3:
+            shape = Shape(out=size[0], in_=weight[0].numel(), kernel=tuple(kernel) or size[2:])
+        else:
+            rows, columns = (size[-1], size[-2]) if transposed else size[-2:]
+            shape = Shape(out=rows, in_=columns, batch=size[:-2])
+        return cls(shape, size, transposed)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A view of the stored weight as (*batch, out, in)."""
+        return weight.mT if self.transposed else weight.reshape(self.shape.matrix)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        return (matrix.mT if self.transposed else matrix).reshape(self.native)
+
+
+class HostState:
+    """What a host remembers beside its parameters. Plain attributes: it travels with copies and pickles."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self.layouts: dict[str, Layout] = {}
+        self.merged: tuple[str, ...] = ()
+        self.kept: dict[str, Tensor | None] = {}  # the base's own values while merged; None = had no such bias
+        self.shown: dict[str, Tensor] | None = None  # adapted weights, only while this module's forward runs
+        self.routes_seen: deque[tuple] = deque(maxlen=8)
+        self.fast_path_guard: Any = None  # a hook handle, see hosts.attention
+
+
+class Host(nn.Module):
+    """Mixin over a module's own class; `adapters` maps name → parameter → adapter."""
+
+    adapters: nn.ModuleDict
+    veneer: HostState
+    #: the layer's input reaches the adapter, so that dropout on it means something
+    has_input: ClassVar[bool] = True
+    #: an adapter may add to the layer's output channels
+    has_bias: ClassVar[bool] = True
+    #: counts as a linear weight for a rule that is a bare method
+    is_linear: ClassVar[bool] = False
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+        """The parameters of `module` that this host applies itself, or an empty dict when it is not its kind."""
+        raise NotImplementedError
+
+    # -- which adapters ---------------------------------------------------------------------------------
+    def route_now(self) -> Route:
+        """The route in force; refuses a recomputation under another route than the forward had."""
+        state = self.veneer
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._check_recompute(state)
+        elif not torch.compiler.is_compiling():
+            state.routes_seen.append(state.route.signature)
+        return state.route
+
+    def _check_recompute(self, state: HostState) -> None:
+        signature = state.route.signature
+        if torch._C._current_graph_task_id() == -1:
+            if not state.routes_seen or state.routes_seen[-1] != signature:
+                state.routes_seen.append(signature)
+        elif state.routes_seen and signature not in state.routes_seen:
+            raise VeneerError(
+                "gradient checkpointing recomputes this layer in the backward pass, but other adapters are live "
+                "now than were in the forward pass: call backward() inside the same `with veneer.route(...)` or "
+                "`with veneer.disabled(...)`, and before `veneer.activate(...)`")
+
+    def live(self, param: str, names: Sequence[str | None] | None = None) -> list[Adapter]:
+        """The adapters of one parameter among `names` (default: the route's live ones), merged ones left out."""
+        state = self.veneer
+        if names is None:
+            names = () if state.route.disabled else state.route.live
+        found = []
+        for name in names:
+            if name is None or name in state.merged or name not in self.adapters:
+                continue
+            slots = self.adapters[name]
+            if param in slots:
+                adapter = slots[param]
+                if adapter.pending:
+                    self.finish(param, adapter)
+                found.append(adapter)
+        return found
+
+    def finish(self, param: str, adapter: Adapter) -> None:
+        """Give an adapter that was attached on the meta device the weight it starts from."""
+        weight = self.base_matrix(param)
+        if weight.is_meta or adapter.on_meta():
+            return
+        with torch.no_grad():
+            adapter.start(weight)
+        adapter.pending = False
+
+    # -- the definition ---------------------------------------------------------------------------------
+    def base_weight(self, param: str) -> Tensor:
+        """The stored base weight, as dense numbers."""
+        stored = self._parameters[param]
+        assert stored is not None
+        return storage_of(stored, param).read(stored)
+
+    def base_matrix(self, param: str) -> Tensor:
+        """The base weight as (*batch, out, in)."""
+        return self.veneer.layouts[param].matrix(self.base_weight(param))
+
+    def adapted_weight(self, param: str, adapters: Sequence[Adapter], wide: bool = False) -> Tensor:
+        """W + Σ (new_weight_i(W) − W) in the stored layout; `wide` computes and returns fp32 or wider."""
+        base = self.base_matrix(param)
+        dtype = base.dtype
+        if wide:
+            dtype = torch.promote_types(dtype, torch.float32)
+            base = base.to(dtype)
+        if len(adapters) == 1:
+            new = adapters[0].new_weight(base)
+        else:
+            new = base + sum(adapter.new_weight(base) - base for adapter in adapters)
+        return self.veneer.layouts[param].stored(new.to(dtype))
+
+    def adapted_bias(self, names: Sequence[str | None] | None = None) -> Tensor | None:
+        """The layer's bias with the adapters of that parameter applied, or the bias itself."""
+        adapters = self.live("bias", names) if "bias" in self.veneer.layouts else []
+        return self.adapted_weight("bias", adapters) if adapters else self._parameters.get("bias")
+
+    # -- terms ------------------------------------------------------------------------------------------
+    def term(self, adapter: Adapter, weight: Tensor, rows: Tensor | None = None) -> Term | None:
+        """The adapter as a term of the ops, or None when it has no low-rank form."""
+        factors = adapter.factors()
+        if factors is None:
+            return None
+        return Term(factors.A, factors.B, factors.scale, adapter.dropout if self.training else 0.0,
+                    adapter.gain(weight), adapter.bias_delta(), rows)
+
+
+def check_rows(route: Route, size: int) -> None:
+    """A routed batch must hold a whole number of input rows for each name."""
+    rows = len(route.rows.names) if route.rows is not None else 1
+    if size % rows:
+        raise VeneerError(f"route() was given {rows} names, but a layer sees a batch of {size}: give one name "
+                          "(or None) per row of the batch")

@@ -1,0 +1,60 @@
+"""Convolutions of one to three dimensions, with any stride, padding, dilation and groups.
+
+ΔW = s·B·A, with W flattened to (out, in/groups · kernel), is a convolution by A's r kernels followed by a
+1×1 convolution by B; with groups, A's kernels are repeated for every group, since B's rows of each group
+read that group's own r channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.hosts.base import Layout
+from veneer.hosts.tensor_host import TensorHost, finish_term
+from veneer.ops import Term
+from veneer.ops.reference import row_factor
+
+_CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class ConvHost(TensorHost):
+    """y = conv(x, W) + bias."""
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+        kind = next((k for k in _CONVS if isinstance(module, k)), None)
+        weight = module._parameters.get("weight")
+        if kind is None or type(module).forward is not kind.forward or weight is None:
+            return {}
+        found = {"weight": Layout.of(weight, kernel=weight.shape[2:])}
+        bias = module._parameters.get("bias")
+        return found if bias is None else {**found, "bias": Layout.of(bias)}
+
+    def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        conv = cast(Any, self)
+        y = base = conv._conv_forward(x, weight, bias)
+        spread = (-1, *([1] * (weight.dim() - 2)))
+        base_bias = None if bias is None else bias.reshape(spread)
+        for term in terms:
+            added = self._low_rank(x, weight, term)
+            gain = None if term.gain is None else term.gain.reshape(spread)
+            added = finish_term(added.to(base.dtype), base, base_bias, term, gain)
+            if term.bias is not None:
+                added = added + term.bias.to(added.dtype).reshape(spread)
+            y = y + (added if term.rows is None else added * row_factor(term.rows, added))
+        return y
+
+    def _low_rank(self, x: Tensor, weight: Tensor, term: Term) -> Tensor:
+        conv = cast(Any, self)
+        dims = weight.dim() - 2
+        groups: int = conv.groups
+        inner = F.dropout(x, term.dropout) if term.dropout else x
+        A = term.A.to(x.dtype).reshape(-1, *weight.shape[1:])
+        low = conv._conv_forward(inner, A.repeat(groups, *([1] * (dims + 1))), None)
+        B = (term.scale * term.B).to(low.dtype).reshape(*term.B.shape, *([1] * dims))
+        conv_nd = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        return conv_nd(low, B, groups=groups)

@@ -1,0 +1,49 @@
+"""Embeddings: a weight (vocabulary, width) whose rows are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.hosts.base import Layout
+from veneer.hosts.tensor_host import TensorHost, finish_term
+from veneer.method import VeneerError
+from veneer.ops import Term
+from veneer.ops.reference import row_factor
+
+
+class EmbeddingHost(TensorHost):
+    """y = W[ids]. The input is one-hot: dropping an input element drops the adapter for that token."""
+
+    has_bias = False
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+        weight = module._parameters.get("weight")
+        if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward or weight is None:
+            return {}
+        return {"weight": Layout.of(weight)}
+
+    def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        table = cast(Any, self)
+        if table.max_norm is not None:
+            raise VeneerError("an embedding with max_norm rewrites its own weight in every forward and cannot be "
+                              "adapted; set max_norm=None")
+        y = base = self._look_up(x, weight)
+        for term in terms:
+            low = self._look_up(x, term.B.to(base.dtype))
+            added = low @ (term.scale * term.A).to(low.dtype)
+            if term.dropout:
+                added = added * F.dropout(torch.ones(*x.shape, 1, dtype=added.dtype, device=x.device), term.dropout)
+            gain = None if term.gain is None else F.embedding(x, term.gain.unsqueeze(-1))
+            added = finish_term(added, base, None, term, gain)
+            y = y + (added if term.rows is None else added * row_factor(term.rows, added))
+        return y
+
+    def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
+        table = cast(Any, self)
+        return F.embedding(ids, weight, table.padding_idx, None, 2.0, table.scale_grad_by_freq, table.sparse)

@@ -1,0 +1,50 @@
+"""Linear layers: `nn.Linear`, and transformers' `Conv1D`, which stores the transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer import ops
+from veneer.hosts.base import Layout
+from veneer.hosts.tensor_host import TensorHost
+from veneer.ops import Term
+
+
+class LinearHost(TensorHost):
+    """y = x Wᵀ + bias with W (out, in)."""
+
+    is_linear = True
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            return {}
+        return _layouts(module, transposed=False)
+
+    def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        matrix = self.veneer.layouts["weight"].matrix(weight)
+        return ops.linear(x, matrix, bias, terms) if terms else F.linear(x, matrix, bias)
+
+
+class Conv1DHost(LinearHost):
+    """The same over a weight stored as (in, out)."""
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+        # Named, not imported: transformers is no dependency of the core.
+        kind = type(module)
+        if kind.__name__ != "Conv1D" or kind.__module__ != "transformers.pytorch_utils":
+            return {}
+        return _layouts(module, transposed=True)
+
+
+def _layouts(module: nn.Module, transposed: bool) -> dict[str, Layout]:
+    found = {}
+    for name in ("weight", "bias"):
+        param = module._parameters.get(name)
+        if param is not None:
+            found[name] = Layout.of(param, transposed=transposed and name == "weight")
+    return found if "weight" in found else {}

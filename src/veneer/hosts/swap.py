@@ -1,0 +1,61 @@
+"""Laying a host over a module in place: the module stays the same object, its class becomes a subclass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from veneer.hosts.base import Host, HostState
+from veneer.hosts.parameter import ParameterHost, shown_property
+from veneer.route import Route
+
+_CLASSES: dict[tuple[type, type[Host], tuple[str, ...]], type] = {}
+
+
+def adapted_class(base: type, host: type[Host], params: tuple[str, ...]) -> type:
+    """The cached subclass `Adapted<Base>`; `params` are those a `ParameterHost` shows."""
+    key = (base, host, params)
+    if key not in _CLASSES:
+        body: dict[str, Any] = {p: shown_property(p) for p in params}
+        body.update(__module__=base.__module__, __doc__=base.__doc__, __reduce_ex__=_reduce, veneer_base=base,
+                    veneer_key=key)
+        _CLASSES[key] = type(f"Adapted{base.__name__}", (host, base), body)
+    return _CLASSES[key]
+
+
+def _reduce(self: Any, protocol: Any) -> tuple:
+    """Pickle and deepcopy by what made the class: it has no name that could be imported."""
+    kind = type(self)
+    made_by, args, *rest = super(kind, self).__reduce_ex__(max(2, int(protocol)))
+    return (_rebuild, (kind.veneer_key, *args[1:]), *rest)
+
+
+def _rebuild(key: tuple[type, type[Host], tuple[str, ...]], *args: Any) -> Any:
+    kind = adapted_class(*key)
+    return kind.__new__(kind, *args)
+
+
+def lay(module: nn.Module, host: type[Host], params: tuple[str, ...], route: Route) -> Host:
+    """Make `module` a host for `params` (in addition to those it already hosts)."""
+    if not isinstance(module, Host):
+        base = type(module)
+        shown = tuple(sorted(params)) if issubclass(host, ParameterHost) else ()
+        module.__class__ = adapted_class(base, host, shown)
+        module.adapters = nn.ModuleDict()
+        module.veneer = HostState(route)  # type: ignore[assignment]
+    elif issubclass(host, ParameterHost):
+        shown = tuple(sorted({*params, *module.veneer.layouts}))
+        module.__class__ = adapted_class(type(module).veneer_base, host, shown)  # type: ignore[attr-defined]
+    assert isinstance(module, Host)
+    return module
+
+
+def lift(module: Host) -> None:
+    """Give the module back its own class and take away everything that was added."""
+    guard = module.veneer.fast_path_guard
+    if guard is not None:
+        guard.remove()
+    del module.adapters
+    del module.veneer
+    module.__class__ = type(module).veneer_base  # type: ignore[attr-defined]

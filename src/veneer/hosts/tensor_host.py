@@ -1,0 +1,87 @@
+"""The common course of hosts that map one tensor, batch first, to one tensor: linear, convolution, embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.hosts.base import Host, check_rows
+from veneer.method import Adapter
+from veneer.ops import Term
+from veneer.route import Route
+
+
+class TensorHost(Host):
+    """A subclass says how to apply the base weight with low-rank terms, and how to apply another weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        route = self.route_now()
+        if route.disabled or (route.rows is None and not route.live):
+            return super().forward(input)
+        if route.rows is not None:
+            return self._forward_rows(input, route)
+        return self._forward_names(input, route.live)
+
+    def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        """The layer's output with `weight` (stored layout), `bias` and the terms."""
+        raise NotImplementedError
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The base layer's own forward."""
+        return super().forward(x)
+
+    def _forward_names(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
+        adapters = self.live("weight", names)
+        bias = self.adapted_bias(names)
+        if not adapters and bias is self._parameters.get("bias"):
+            return self.plain(x)
+        weight = self.base_weight("weight")
+        terms, dense = self._sort(adapters)
+        if dense:
+            weight = self.adapted_weight("weight", dense)
+        return self.with_terms(x, weight, bias, terms)
+
+    def _sort(self, adapters: Sequence[Adapter]) -> tuple[list[Term], list[Adapter]]:
+        """Adapters with a low-rank form as terms, the others as they are (for weight space)."""
+        matrix = self.base_matrix("weight") if adapters else None
+        pairs = [(adapter, self.term(adapter, matrix)) for adapter in adapters]  # type: ignore[arg-type]
+        dense = [adapter for adapter, term in pairs if term is None]
+        if dense and any(term is not None and term.gain is not None for _, term in pairs):
+            return [], list(adapters)  # a gain multiplies the base's own product, which is not there then
+        return [term for _, term in pairs if term is not None], dense
+
+    def _forward_rows(self, x: Tensor, route: Route) -> Tensor:
+        assert route.rows is not None
+        rows = route.rows
+        size = x.shape[0] if x.dim() else 1
+        check_rows(route, size)
+        named = [name for name in rows.distinct if name is not None]
+        adapters = [(name, a) for name in named for a in self.live("weight", [name])]
+        biases = any(self.live("bias", [name]) for name in named) if "bias" in self.veneer.layouts else False
+        if not adapters and not biases:
+            return self.plain(x)
+        matrix = self.base_matrix("weight")
+        terms = [self.term(a, matrix, rows.mask(name, x.device)) for name, a in adapters]
+        whole = [term for term in terms if term is not None]
+        if len(whole) == len(terms) and not biases:
+            return self.with_terms(x, self.base_weight("weight"), self._parameters.get("bias"), whole)
+        return self._split_rows(x, route)
+
+    def _split_rows(self, x: Tensor, route: Route) -> Tensor:
+        """Each adapter's rows go through by themselves: every row is computed once, by the dense weight."""
+        assert route.rows is not None
+        parts = [(name, route.rows.index(name, x.shape[0], x.device)) for name in route.rows.distinct]
+        outs = [self._forward_names(x.index_select(0, index), (name,)) for name, index in parts]
+        order = torch.cat([index for _, index in parts])
+        return torch.cat(outs).index_select(0, torch.argsort(order))
+
+
+def finish_term(added: Tensor, base: Tensor, bias: Any, term: Term, gain: Tensor | None) -> Tensor:
+    """`added` plus what the term's gain, shaped to multiply `base`, does to base and added together."""
+    if gain is None:
+        return added
+    plain = base if bias is None else base - bias
+    return added + (plain + added) * (gain - 1).to(base.dtype)

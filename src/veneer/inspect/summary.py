@@ -1,0 +1,75 @@
+"""What is on a model: its adapters, what is trainable, how far each weight has moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach import adapter_names, attached, hosts, routes
+from veneer.method import Adapter
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """One adapter by name: is it live, merged; how many of its parameters train; its weights by name."""
+
+    name: str
+    live: bool
+    merged: bool
+    parameters: int
+    trainable: int
+    weights: dict[str, Adapter]
+
+    def __str__(self) -> str:
+        state = "merged" if self.merged else "live" if self.live else "not live"
+        return (f"{self.name}: {state}, {len(self.weights)} weights, {self.parameters:,} parameters, "
+                f"{self.trainable:,} trainable")
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterSummary]:
+    """Every adapter on the model by name; an empty dict for a bare model."""
+    live = {name for route in routes(model) for name in route.live}
+    merged = {name for _, host in hosts(model) for name in host.veneer.merged}
+    found = {}
+    for name in adapter_names(model):
+        weights = {item.weight.name: item.adapter for item in attached(model, name)}
+        params = _distinct(weights.values())
+        found[name] = AdapterSummary(name, name in live, name in merged, sum(p.numel() for p in params),
+                                     sum(p.numel() for p in params if p.requires_grad), weights)
+    return found
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer should be given: those that require a gradient, each once."""
+    return [param for param in model.parameters() if param.requires_grad]
+
+
+@torch.no_grad()
+def update_norms(model: nn.Module, name: str = "default") -> dict[str, float]:
+    """‖new_weight(W) − W‖ / ‖W‖ (Frobenius) for every weight of an adapter, by weight name.
+
+    From the factors where there is no gain (no dense ΔW), else from the dense difference of one weight at a time.
+    """
+    out = {}
+    for weight, adapter in attached(model, name):
+        matrix = weight.layout.matrix(weight.tensor.detach()).float()
+        norm = float(torch.linalg.vector_norm(matrix))
+        out[weight.name] = float(_change(adapter, matrix)) / norm if norm else float("nan")
+    return out
+
+
+def _change(adapter: Adapter, matrix: Tensor) -> Tensor:
+    factors = adapter.factors()
+    if factors is None or adapter.gain(matrix) is not None:
+        return torch.linalg.vector_norm(adapter.new_weight(matrix) - matrix)
+    A, B = factors.A.float(), factors.B.float()
+    # ‖BA‖² = tr((BᵀB)(AAᵀ)), r × r
+    square = ((B.mT @ B) * (A @ A.mT)).sum()
+    return square.clamp_min(0).sqrt() * abs(factors.scale)
+
+
+def _distinct(items) -> list[nn.Parameter]:
+    seen = {id(p): p for adapter in items for p in adapter.parameters()}
+    return list(seen.values())

@@ -1,0 +1,269 @@
+"""The ground of the package: errors, `Shape`, the two abstract classes, and the registry of methods.
+
+A *method* is a frozen config that says what the new weight is. An *adapter* is the `nn.Module` that holds
+one method's parameters for one weight. Neither ever sees a module of the base model: a weight reaches them
+as a matrix of shape (*batch, out, in).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+
+class VeneerError(ValueError):
+    """Bad input: the message says what, where, what was possible, and the nearest match."""
+
+
+class VeneerWarning(UserWarning):
+    """Something legal that is probably not what was meant."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"`, or an empty string when nothing known comes near."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A weight as a matrix of `out` rows and `in_` columns, `batch` of them for fused experts.
+
+    A convolution is flattened to (out, in/groups · kernel) with its `kernel` size kept here; an embedding
+    is (vocabulary, width), as it is stored; a vector is (n, 1).
+    """
+
+    out: int
+    in_: int
+    batch: tuple[int, ...] = ()
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        return (*self.batch, self.out, self.in_)
+
+    @property
+    def is_vector(self) -> bool:
+        return self.in_ == 1 and not self.kernel
+
+
+class Factors(NamedTuple):
+    """ΔW = scale · B @ A, with A (*batch, r, in) and B (*batch, out, r), differentiable."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class Adapter(nn.Module):
+    """One method's parameters for one weight W (*batch, out, in).
+
+    `new_weight` is the definition; everything else is a way to the same result that must agree with it.
+
+    A subclass creates its parameters in `__init__`, fills them in `reset_parameters` (data-free) and, when
+    they depend on the base weight, in `start`, which it announces with `needs_weight = True`.
+    """
+
+    needs_weight: ClassVar[bool] = False
+
+    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.dropout = dropout
+        self.method: Method | None = None  # what this was built from, set by `attach`
+        self.seed_key = ""
+        self.pending = False  # `start` still owed, because the weight was on the meta device
+        self._cache: dict[str, Any] = {}
+
+    # -- what a method defines ------------------------------------------------------------------------
+    def reset_parameters(self) -> None:
+        """Fill the parameters that do not depend on W, from `self.generator()` where they are random."""
+        raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
+
+    def start(self, weight: Tensor) -> None:
+        """Fill the parameters that depend on W (*batch, out, in). Only called when `needs_weight`."""
+
+    def delta(self) -> Tensor:
+        """ΔW (*batch, out, in), differentiable."""
+        factors = self.factors()
+        if factors is None:
+            raise VeneerError(f"{type(self).__name__} is not additive: it has a new_weight but no delta")
+        return factors.scale * (factors.B @ factors.A)
+
+    def new_weight(self, weight: Tensor) -> Tensor:
+        """The adapted weight (*batch, out, in), in the wider of W's and the adapter's dtype."""
+        return weight + self.delta()
+
+    # -- shortcuts a method may have ------------------------------------------------------------------
+    def factors(self) -> Factors | None:
+        """The factor pair, or None when this method has no low-rank form."""
+        return None
+
+    def gain(self, weight: Tensor) -> Tensor | None:
+        """A factor (out,) for every row of W + ΔW, or None; fp32 or wider, since it lies close to 1."""
+        return None
+
+    def bias_delta(self) -> Tensor | None:
+        """What this adapter adds to the layer's bias (out,), or None."""
+        return None
+
+    # -- shared machinery -----------------------------------------------------------------------------
+    def generator(self) -> torch.Generator:
+        """A CPU generator seeded by (seed, weight name): the same bits on every device and rank."""
+        digest = hashlib.sha256(self.seed_key.encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def on_meta(self) -> bool:
+        return any(p.is_meta for p in self.parameters())
+
+    def initialise(self, weight: Tensor | None) -> None:
+        """First values, now or (for what needs a weight that is not there yet) at the first use."""
+        self.pending = self.needs_weight
+        if self.on_meta():
+            return
+        with torch.no_grad():
+            self.reset_parameters()
+            if self.needs_weight and weight is not None and not weight.is_meta:
+                self.start(weight.detach())
+                self.pending = False
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Adapter:
+        was_meta = self.on_meta()
+        super()._apply(fn, recurse)
+        if was_meta and not self.on_meta():  # `to_empty` after an attach on the meta device
+            self.initialise(None)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(prefix + key in state_dict for key in self._parameters):
+            self.pending = False
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}  # what can be computed again is neither copied nor saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A description of what the new weight is. Never acts, never sees a module.
+
+    Subclasses are frozen dataclasses registered with `@register("name")`.
+    """
+
+    key: ClassVar[str] = ""
+    #: a bias of the same module is covered too when a rule names the module (a trained head, say)
+    covers_bias: ClassVar[bool] = False
+
+    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> Adapter:
+        """The adapter for one weight, parameters allocated on the current default device, not yet filled.
+
+        `dtype` is the adapter's default (fp32 over a 16-bit base, else the base's); `shared` is what
+        `shared()` returned for this plan.
+        """
+        raise NotImplementedError
+
+    def shared(self, shapes: Mapping[str, Shape], seed: int) -> nn.Module | None:
+        """State that all weights of a plan share (a vector bank, random bases), or None."""
+        return None
+
+    def refusal(self, shape: Shape) -> str | None:
+        """Why this method cannot adapt such a weight, or None when it can."""
+        return "a vector has no low-rank change; use Full()" if shape.is_vector else None
+
+
+M = TypeVar("M", bound=type[Method])
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(key: str) -> Callable[[M], M]:
+    """Class decorator: make a method known by `key` to config files and saved adapters."""
+
+    def add(cls: M) -> M:
+        if key in _REGISTRY and _REGISTRY[key].__qualname__ != cls.__qualname__:
+            raise VeneerError(f"method {key!r} is already registered by {_REGISTRY[key].__qualname__}")
+        cls.key = key
+        _REGISTRY[key] = cls
+        return cls
+
+    return add
+
+
+def method_names() -> list[str]:
+    """The registered method names, sorted."""
+    return sorted(_REGISTRY)
+
+
+def method_class(key: str) -> type[Method]:
+    """The config class registered as `key`; `VeneerError` with the nearest name otherwise."""
+    if key not in _REGISTRY:
+        known = method_names()
+        raise VeneerError(f"unknown method {key!r}{nearest(key, known)} Known: {', '.join(known)}")
+    return _REGISTRY[key]
+
+
+def method_to_dict(method: Method) -> dict[str, Any]:
+    """A plain, JSON-ready dict from which `method_from_dict` makes an equal method."""
+    out: dict[str, Any] = {"method": method.key}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, Method):
+            value = method_to_dict(value)
+        elif isinstance(value, torch.dtype):
+            value = str(value).removeprefix("torch.")
+        elif isinstance(value, tuple):
+            value = list(value)
+        out[field.name] = value
+    return out
+
+
+def method_from_dict(config: Mapping[str, Any]) -> Method:
+    """Rebuild a method from `{"method": key, field: value, …}`; fields left out take their defaults.
+
+    Raises `VeneerError` on an unknown method or field, naming the nearest.
+    """
+    values = dict(config)
+    key = values.pop("method", None)
+    if not isinstance(key, str):
+        raise VeneerError(f"a method needs a key 'method' with one of: {', '.join(method_names())}; got {config!r}")
+    cls = method_class(key)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name, value in list(values.items()):
+        if name not in fields:
+            raise VeneerError(f"method {key!r} has no option {name!r}{nearest(name, fields)} "
+                              f"Options: {', '.join(fields)}")
+        if isinstance(value, Mapping) and "method" in value:
+            values[name] = method_from_dict(value)
+        elif name == "dtype" and isinstance(value, str):
+            values[name] = parse_dtype(value)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise VeneerError(f"method {key!r}: {error}") from None
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """`"bfloat16"` or `"torch.bfloat16"` → `torch.bfloat16`."""
+    value = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(value, torch.dtype):
+        raise VeneerError(f"unknown dtype {text!r}; use float32, bfloat16, float16 or float64")
+    return value
+
+
+def check_positive_int(owner: str, field: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise VeneerError(f"{owner}: {field} must be a whole number of at least 1, got {value!r}")
+
+
+def check_probability(owner: str, field: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or math.isnan(value) or not 0 <= value < 1:
+        raise VeneerError(f"{owner}: {field} must be at least 0 and below 1, got {value!r}")

@@ -1,0 +1,140 @@
+"""DoRA: W' = (m / ‖W + ΔW‖_row) ∘ (W + ΔW), a trained length for every row (Liu et al. 2024,
+arXiv:2402.09353), around any additive method.
+
+The norm is a constant for the gradient (§4.3 of the paper). With factors it never needs a dense ΔW:
+
+    ‖W + sBA‖² = ‖W‖² + 2s·rowsum(B ∘ (W Aᵀ)) + s²·rowsum((B (A Aᵀ)) ∘ B)
+
+‖W‖² is kept; what is added up is added up in fp32 or wider.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.method import Adapter, Factors, Method, Shape, VeneerError, register
+
+
+@register("dora")
+@dataclass(frozen=True, kw_only=True)
+class DoRA(Method):
+    """Give the rows of an additive method's result a trained length; starts at the base's own."""
+
+    inner: Method
+
+    def __init__(self, inner: Method) -> None:
+        if not isinstance(inner, Method):
+            raise VeneerError(f"DoRA wraps a method: DoRA(LoRA(rank=8)); got {inner!r}")
+        if isinstance(inner, DoRA) or inner.covers_bias:
+            raise VeneerError(f"DoRA wraps an additive method such as LoRA; {type(inner).__name__} is not one")
+        object.__setattr__(self, "inner", inner)
+
+    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> DoRAAdapter:
+        return DoRAAdapter(self.inner.build(shape, dtype, shared), shape, dtype)
+
+    def shared(self, shapes, seed):
+        return self.inner.shared(shapes, seed)
+
+    def refusal(self, shape: Shape) -> str | None:
+        return self.inner.refusal(shape)
+
+
+class DoRAAdapter(Adapter):
+    """inner: the wrapped adapter; magnitude (*batch, out), fp32 or wider since a gain lies close to 1."""
+
+    needs_weight = True
+
+    def __init__(self, inner: Adapter, shape: Shape, dtype: torch.dtype) -> None:
+        super().__init__(shape, inner.dropout)
+        self.inner = inner
+        wide = torch.promote_types(dtype, torch.float32)
+        self.magnitude = nn.Parameter(torch.empty(*shape.batch, shape.out, dtype=wide))
+
+    def reset_parameters(self) -> None:
+        self.inner.seed_key = self.seed_key
+        self.inner.reset_parameters()
+        self.magnitude.fill_(1.0)
+
+    def start(self, weight: Tensor) -> None:
+        if self.inner.needs_weight:
+            self.inner.start(weight)
+        self.magnitude.copy_(self.row_norm(weight))
+
+    def new_weight(self, weight: Tensor) -> Tensor:
+        return self.gain(weight).unsqueeze(-1) * self.inner.new_weight(weight)
+
+    def delta(self) -> Tensor:
+        raise VeneerError("DoRA is not additive: its change of W depends on W; use new_weight(W) - W")
+
+    def factors(self) -> Factors | None:
+        return self.inner.factors()
+
+    def bias_delta(self) -> Tensor | None:
+        return self.inner.bias_delta()
+
+    def gain(self, weight: Tensor) -> Tensor:
+        norm = self.row_norm(weight)
+        # A row of zeros stays a row of zeros whatever its gain.
+        return torch.where(norm > 0, self.magnitude / norm, torch.ones_like(norm))
+
+    def row_norm(self, weight: Tensor) -> Tensor:
+        """‖W + ΔW‖ of every row (*batch, out), without gradient.
+
+        Kept between calls only where gradients are off: some optimizers write through raw pointers and
+        leave no trace in a tensor's version, so no norm may outlive a step.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            self._cache.pop("norm", None)
+            with torch.no_grad():
+                return self._row_norm(weight)
+        stamp = [_Stamp(t) for t in (weight, *self.inner.parameters())]
+        if "norm" not in self._cache or self._cache["norm"][0] != stamp:
+            self._cache["norm"] = (stamp, self._row_norm(weight))
+        return self._cache["norm"][1]
+
+    def _row_norm(self, weight: Tensor) -> Tensor:
+        factors = self.inner.factors()
+        wide = torch.promote_types(self.magnitude.dtype, torch.float32)
+        if factors is None:
+            return torch.linalg.vector_norm(self.inner.new_weight(weight.to(wide)), dim=-1, dtype=wide)
+        A, B = factors.A.detach(), factors.B.detach().to(wide)
+        # The product with W runs in W's dtype (a fast matmul with wide accumulators); the sums are wide.
+        cross = (weight @ A.to(weight.dtype).mT).to(wide)
+        gram = A.to(wide) @ A.to(wide).mT
+        square = self._base_square(weight, wide)
+        square = square + (B * (2 * factors.scale * cross + factors.scale**2 * (B @ gram))).sum(-1)
+        return square.clamp_min_(0).sqrt_()
+
+    def _base_square(self, weight: Tensor, wide: torch.dtype) -> Tensor:
+        """‖W‖² of every row, in `wide`; kept for as long as W is the same tensor with the same contents."""
+        if torch.compiler.is_compiling():
+            return _square_norm(weight, wide)
+        key = (_Stamp(weight), wide)
+        if "base" not in self._cache or self._cache["base"][0] != key:
+            self._cache["base"] = (key, _square_norm(weight, wide))
+        return self._cache["base"][1]
+
+
+def _square_norm(weight: Tensor, wide: torch.dtype) -> Tensor:
+    # Row blocks: widening a whole 16-bit weight at once would be the largest tensor of the step.
+    rows = weight.reshape(-1, weight.shape[-1])
+    blocks = [block.to(wide).square().sum(-1) for block in rows.split(1024)]
+    return torch.cat(blocks).reshape(weight.shape[:-1])
+
+
+class _Stamp:
+    """Equal while a tensor is the same memory of the same living tensor with the same contents."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        owner = tensor if tensor._base is None else tensor._base
+        self.owner = weakref.ref(owner)
+        self.version = -1 if tensor.is_inference() else tensor._version
+        self.where = (tensor.data_ptr(), tensor.dtype, tensor.shape)
+
+    def __eq__(self, other: object) -> bool:
+        return (isinstance(other, _Stamp) and self.owner() is not None and self.owner() is other.owner()
+                and (self.version, self.where) == (other.version, other.where) and self.version >= 0)

@@ -1,0 +1,84 @@
+"""LoRA: W' = W + s·B·A, with s = α/r (Hu et al. 2021, arXiv:2106.09685) or, rank-stabilised, s = α/√r
+(Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from veneer.inits.random import check_init, init_factors
+from veneer.method import (
+    Adapter,
+    Factors,
+    Method,
+    Shape,
+    VeneerError,
+    check_positive_int,
+    check_probability,
+    register,
+)
+
+
+@register("lora")
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """Low-rank adaptation.
+
+    rank: r, the inner width of the pair. A rank above min(out, in) only wastes parameters and is allowed.
+    alpha: scale is alpha/rank; None means alpha = rank, a scale of 1.
+    rank_stabilized: scale is alpha/√rank instead.
+    dropout: probability of zeroing an input element on the adapter's path, in training mode only.
+    dtype: of the adapter's parameters; None = fp32 over a 16-bit base, else the base's.
+    init: "kaiming", "gaussian" or "xavier" for A; B starts at zero, so the model's output is unchanged.
+    bias: also train an addition to the layer's bias (starts at zero).
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    rank_stabilized: bool = False
+    dropout: float = 0.0
+    dtype: torch.dtype | None = None
+    init: str = "kaiming"
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive_int("LoRA", "rank", self.rank)
+        check_probability("LoRA", "dropout", self.dropout)
+        check_init("LoRA", self.init)
+        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)):
+            raise VeneerError(f"LoRA: alpha must be a finite number or None, got {self.alpha!r}")
+
+    @property
+    def scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> LoRAAdapter:
+        return LoRAAdapter(self, shape, self.dtype or dtype)
+
+
+class LoRAAdapter(Adapter):
+    """A (*batch, r, in), B (*batch, out, r) and, if asked for, an additional bias (out,)."""
+
+    def __init__(self, method: LoRA, shape: Shape, dtype: torch.dtype) -> None:
+        super().__init__(shape, method.dropout)
+        self.scale = method.scale
+        self.init = method.init
+        self.A = nn.Parameter(torch.empty(*shape.batch, method.rank, shape.in_, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(*shape.batch, shape.out, method.rank, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(*shape.batch, shape.out, dtype=dtype)) if method.bias else None
+
+    def reset_parameters(self) -> None:
+        init_factors(self.init, self.A, self.B, self.generator())
+        if self.bias is not None:
+            self.bias.zero_()
+
+    def factors(self) -> Factors:
+        return Factors(self.A, self.B, self.scale)
+
+    def bias_delta(self) -> Tensor | None:
+        return self.bias

@@ -1,0 +1,24 @@
+"""What an adapter contributes to a layer's output, as the ops see it: tensors, no methods, no modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Term:
+    """y gains  gain ∘ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) − x Wᵀ + bias.
+
+    A (r, in), B (out, r); gain (out,) or None for 1; bias (out,) or None; `rows` (batch,) of 0/1 in any
+    dtype, or None for every row of the batch; `dropout` is 0 outside training.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: float = 0.0
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    rows: Tensor | None = None

@@ -1,0 +1,335 @@
+"""Patterns → {weight: method}, resolved before anything is touched. Pure: reads the model, changes nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from veneer.hosts import Host, Layout, host_of
+from veneer.hosts.parameter import ParameterHost
+from veneer.method import Method, VeneerError, VeneerWarning
+from veneer.storage import storage_of
+
+Pattern = str | re.Pattern | Callable[[str, nn.Module], bool]
+Rules = Method | Mapping[Any, Method | None]
+
+#: names under which heads are known that `get_output_embeddings` does not report
+_HEADS = {"lm_head", "score", "classifier", "qa_outputs", "output_layer", "embed_out"}
+
+
+class Place(NamedTuple):
+    """One place where a tensor hangs in the model: `names` are what patterns may call it by."""
+
+    module_name: str
+    module: nn.Module
+    param: str
+    host: type[Host]
+    layout: Layout
+    names: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Weight:
+    """One tensor of the base model that can be adapted, with every place it hangs in (more than one = tied)."""
+
+    name: str
+    tensor: nn.Parameter
+    places: list[Place]
+    is_linear: bool
+    is_head: bool
+
+    @property
+    def layout(self) -> Layout:
+        return self.places[0].layout
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules()` of the base model: what adapters consist of is left out."""
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, Host):
+            inside.update(id(part) for part in module.adapters.modules())
+        yield name, module
+
+
+def scan(model: nn.Module) -> list[Weight]:
+    """Every adaptable weight of the model, in order; tied places are one weight."""
+    heads = _head_modules(model)
+    found: dict[int, Weight] = {}
+    for module_name, module in base_modules(model):
+        host, layouts = host_of(module)
+        leaf = all(name == "adapters" for name, _ in module.named_children())
+        for param, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            kind, layout = (host, layouts[param]) if param in layouts else (ParameterHost, Layout.of(tensor))
+            full = f"{module_name}.{param}" if module_name else param
+            by_module = bool(module_name) and leaf and (param == "weight" or kind is ParameterHost)
+            names = (module_name, full) if by_module else (full,)
+            place = Place(module_name, module, param, kind, layout, names)
+            linear = (kind.is_linear or isinstance(module, nn.Linear)) and not layout.shape.is_vector
+            head = id(module) in heads or module_name.rsplit(".", 1)[-1] in _HEADS
+            if id(tensor) in found:
+                weight = found[id(tensor)]
+                weight.places.append(place)
+                weight.is_head |= head
+            else:
+                display = module_name if by_module and param == "weight" else full
+                found[id(tensor)] = Weight(display, tensor, [place], linear, head)
+    return list(found.values())
+
+
+def _head_modules(model: nn.Module) -> set[int]:
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    return {id(head)} if isinstance(head, nn.Module) else set()
+
+
+@dataclass(eq=False)
+class PlanEntry:
+    """One weight, the method for it, the rule that said so, and its trainable parameters."""
+
+    weight: Weight
+    method: Method
+    pattern: str
+    parameters: int
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+
+@dataclass(eq=False)
+class Plan:
+    """What `attach` would do. `str(plan)` is a table; `warnings` are sentences."""
+
+    entries: list[PlanEntry]
+    base_parameters: int
+    excluded: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    adaptable: int = 0
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(entry.parameters for entry in self.entries)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, Method], list[PlanEntry]] = defaultdict(list)
+        for entry in self.entries:
+            groups[(entry.pattern, entry.method)].append(entry)
+        rows = [("pattern", "weights", "method", "trainable")]
+        rows += [(pattern, str(len(group)), str(method), f"{sum(e.parameters for e in group):,}")
+                 for (pattern, method), group in groups.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join((r[0].ljust(widths[0]), r[1].rjust(widths[1]), r[2].ljust(widths[2]),
+                            r[3].rjust(widths[3]))).rstrip() for r in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        share = 100 * self.trainable_parameters / max(self.base_parameters, 1)
+        lines.append(f"{len(self.entries)} of {self.adaptable} adaptable weights, {self.trainable_parameters:,} trainable parameters "
+                     f"({share:.3f}% of the base's {self.base_parameters:,})")
+        if self.excluded:
+            lines.append("left alone: " + ", ".join(self.excluded[:6]) + (" …" if len(self.excluded) > 6 else ""))
+        lines += [f"warning: {text}" for text in self.warnings]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, rules: Rules) -> Plan:
+    """Resolve `rules` against `model`; touches nothing.
+
+    rules: a method (every linear weight but the output head), or a mapping from patterns to a method or None
+    (= leave alone); later patterns win. A pattern is a name in which `*` stands for anything, dots included;
+    a compiled regex that must match a whole name; or a callable (name, module) → bool. Names are those of
+    `named_parameters()`, or a module's name for its weight.
+
+    Raises `VeneerError` when a pattern hits nothing, when a method cannot adapt what it was given, or when
+    rules disagree about a tied weight. Warns (`VeneerWarning`) of uneven coverage of like-named weights.
+    """
+    weights = scan(model)
+    made = resolve(model, weights, rules)
+    for text in made.warnings:
+        warnings.warn(text, VeneerWarning, stacklevel=2)
+    return made
+
+
+def resolve(model: nn.Module, weights: list[Weight], rules: Rules) -> Plan:
+    """The plan for already scanned weights."""
+    chosen, excluded = _bare(weights, rules) if isinstance(rules, Method) else _mapped(weights, rules)
+    entries = []
+    for weight, (method, pattern) in chosen.items():
+        _check(weight, method, pattern)
+        entries.append(PlanEntry(weight, method, pattern, _count(weight, method)))
+    base = sum(weight.tensor.numel() for weight in weights)
+    names = [weight.name for weight in excluded]
+    adaptable = sum(not weight.layout.shape.is_vector for weight in weights)
+    uneven = _uneven(weights, set(chosen), set(excluded))
+    return Plan(entries, base, names, uneven, adaptable)
+
+
+def _bare(weights: list[Weight], method: Method) -> tuple[dict, list[Weight]]:
+    linear = [w for w in weights if w.is_linear]
+    chosen: dict[Weight, tuple[Method, str]] = {w: (method, "(every linear weight)") for w in linear if not w.is_head}
+    if not chosen:
+        raise VeneerError(f"the model has no linear weight besides its output head; adaptable here: "
+                          f"{_examples(weights)}. Name what to adapt: {{pattern: method}}")
+    return _with_biases(weights, chosen), [w for w in linear if w.is_head]
+
+
+def _mapped(weights: list[Weight], rules: Mapping) -> tuple[dict, list[Weight]]:
+    if not isinstance(rules, Mapping) or not rules:
+        raise VeneerError(f"rules must be a method or a non-empty mapping {{pattern: method or None}}, got {rules!r}")
+    chosen: dict[Weight, tuple[Method, str]] = {}
+    said: dict[Weight, dict[int, tuple[Method | None, str]]] = defaultdict(dict)
+    for pattern, method in rules.items():
+        if method is not None and not isinstance(method, Method):
+            raise VeneerError(f"rule {_text(pattern)!r}: expected a method such as LoRA(rank=8) or None, "
+                              f"got {method!r}")
+        hits = 0
+        reason = None
+        for weight in weights:
+            for number in _places_hit(pattern, weight):
+                reason = method.refusal(weight.layout.shape) if method and weight.layout.shape.is_vector else None
+                if reason is None:
+                    hits += 1
+                    said[weight][number] = (method, _text(pattern))
+        if not hits:
+            raise VeneerError(_no_hit(pattern, weights, reason))
+    excluded = []
+    for weight in weights:
+        if weight not in said:
+            continue
+        answers = {method for method, _ in said[weight].values()}
+        if len(answers) > 1:
+            what = "; ".join(f"{weight.places[i].names[0]!r}: {m}" for i, (m, _) in said[weight].items())
+            raise VeneerError(f"{_tie(weight)} are one tensor, and the rules disagree about it ({what}). Give both "
+                              "the same method, or untie them first by assigning a clone of the weight to one")
+        method, pattern = next(iter(said[weight].values()))
+        if method is None:
+            excluded.append(weight)
+        else:
+            chosen[weight] = (method, pattern)
+    if not chosen:
+        raise VeneerError("the rules adapt nothing: every weight they hit ends at None")
+    return _with_biases(weights, chosen, set(excluded)), excluded
+
+
+def _with_biases(weights: list[Weight], chosen: dict, but: frozenset | set = frozenset()) -> dict:
+    """Add the bias of the same module where the method covers it and no rule spoke of it."""
+    by_name = {name: w for w in weights for place in w.places for name in place.names}
+    out = {}
+    for weight, (method, pattern) in chosen.items():
+        out[weight] = (method, pattern)
+        place = weight.places[0]
+        bias = by_name.get(f"{place.module_name}.bias" if place.module_name else "bias")
+        if method.covers_bias and place.param == "weight" and bias and bias not in chosen and bias not in but:
+            out[bias] = (method, pattern)
+    return out
+
+
+def _text(pattern: Any) -> str:
+    if isinstance(pattern, str):
+        return pattern
+    return pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "__name__", repr(pattern))
+
+
+def _places_hit(pattern: Any, weight: Weight) -> list[int]:
+    return [i for i, place in enumerate(weight.places) if _hits(pattern, place)]
+
+
+def _hits(pattern: Any, place: Place) -> bool:
+    if isinstance(pattern, str):
+        if "*" not in pattern:
+            return pattern in place.names
+        pattern = re.compile(".*".join(re.escape(part) for part in pattern.split("*")), re.DOTALL)
+    if isinstance(pattern, re.Pattern):
+        return any(pattern.fullmatch(name) for name in place.names)
+    if callable(pattern):
+        return bool(pattern(place.names[0], place.module))
+    raise VeneerError(f"a pattern is a string, a compiled regex or a callable (name, module) → bool, got {pattern!r}")
+
+
+def _no_hit(pattern: Any, weights: list[Weight], reason: str | None) -> str:
+    text = _text(pattern)
+    if reason is not None:
+        return f"{text!r} matches only vectors: {reason}"
+    message = f"no adaptable weight matches {text!r}"
+    if isinstance(pattern, str):
+        message += _nearest_weight(text, weights)
+    elif isinstance(pattern, re.Pattern):
+        message += " (a regex must match the whole name)"
+    count = sum(not w.layout.shape.is_vector for w in weights)
+    return f"{message}. Adaptable here: {count} weights, such as {_examples(weights)}; see veneer.plan(model, …)"
+
+
+def _nearest_weight(text: str, weights: list[Weight]) -> str:
+    names = [name for w in weights for place in w.places for name in place.names]
+    tail = next((part for part in reversed(re.split(r"[.*]", text)) if part), text)
+    parts = Counter(part for name in set(names) for part in name.split("."))
+    near = difflib.get_close_matches(tail, [p for p in parts if not p.isdigit()], n=1, cutoff=0.5)
+    if not near:
+        return ""
+    like = [name for name in names if near[0] in name.split(".")]
+    best = min(like, key=len)
+    return f"; nearest: {best!r} ({len(set(like))} like it)"
+
+
+def _examples(weights: list[Weight]) -> str:
+    return ", ".join(repr(w.name) for w in weights if not w.layout.shape.is_vector) if len(weights) < 4 else \
+        ", ".join(repr(w.name) for w in [w for w in weights if not w.layout.shape.is_vector][:3])
+
+
+def _tie(weight: Weight) -> str:
+    return " and ".join(repr(place.names[0]) for place in weight.places)
+
+
+def _check(weight: Weight, method: Method, pattern: str) -> None:
+    storage_of(weight.tensor, weight.name)
+    reason = method.refusal(weight.layout.shape)
+    if reason is None and any(p.layout != weight.layout for p in weight.places):
+        reason = f"{_tie(weight)} are one tensor but laid out differently"
+    hosts = {place.host for place in weight.places}
+    if reason is None and getattr(method, "dropout", 0) and not all(h.has_input for h in hosts):
+        reason = "its forward uses the weight directly, so there is no input to drop from; use dropout=0"
+    if reason is None and getattr(method, "bias", False) and not all(h.has_bias for h in hosts):
+        reason = "this kind of layer has no bias to add to; use bias=False"
+    if reason is None and any(getattr(place.module, "max_norm", None) is not None for place in weight.places):
+        reason = "an embedding with max_norm rewrites its own weight in every forward; set max_norm=None"
+    if reason is not None:
+        raise VeneerError(f"{type(method).__name__} cannot adapt {weight.name!r} (rule {pattern!r}): {reason}")
+
+
+_COUNTS: dict[tuple, int] = {}
+
+
+def _count(weight: Weight, method: Method) -> int:
+    key = (method, weight.layout.shape)
+    if key not in _COUNTS:
+        with torch.device("meta"):
+            adapter = method.build(weight.layout.shape, torch.float32)
+        _COUNTS[key] = sum(p.numel() for p in adapter.parameters())
+    return _COUNTS[key]
+
+
+def _uneven(weights: list[Weight], chosen: set[Weight], excluded: set[Weight]) -> list[str]:
+    """Like-named weights (equal but for numbers) of which some are adapted and some were just not hit."""
+    groups: dict[str, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        if weight not in excluded and not weight.layout.shape.is_vector:
+            groups[re.sub(r"\d+", "#", weight.name)].append(weight)
+    texts = []
+    for name, group in groups.items():
+        missed = [w for w in group if w not in chosen]
+        if missed and len(missed) < len(group):
+            texts.append(f"{len(group) - len(missed)} of {len(group)} weights named {name!r} are adapted; not "
+                         f"{missed[0].name!r}" + (f" and {len(missed) - 1} more" if len(missed) > 1 else "")
+                         + " (a rule with None says that this is meant)")
+    return texts
