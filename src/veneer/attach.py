@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from veneer.hosts import AttentionHost, Host
-from veneer.hosts.attention import keep_slow_path
+from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
 from veneer.method import Adapter, Method, VeneerError, nearest
 from veneer.plan import Plan, PlanEntry, Rules, Weight, base_modules, scan
@@ -96,9 +96,9 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
             host.veneer.layouts[place.param] = place.layout
             if name not in host.adapters:
                 host.adapters[name] = nn.ModuleDict()
-            host.adapters[name][place.param] = adapter  # type: ignore[operator, index]
+            host.adapters[name][place.param] = adapter  # type: ignore[operator]
             host.adapters[name].train(host.training)
-    _guard_direct_readers(model)
+    guard_direct_readers(module for _, module in base_modules(model))
     freeze_base(model, route)
     for each in routes(model):
         each.live = (name,)
@@ -142,18 +142,6 @@ def freeze_base(model: nn.Module, route: Route) -> None:
         if id(param) not in ours and param.requires_grad:
             param.requires_grad_(False)
             route.thawed.append(param)
-
-
-def _guard_direct_readers(model: nn.Module) -> None:
-    """Some of torch's own modules read their children's weights without calling them."""
-    adapted = {id(host) for _, host in hosts(model)}
-    for _, module in list(base_modules(model)):
-        if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in adapted:
-            lay(module, AttentionHost, (), module.out_proj.veneer.route)  # type: ignore[union-attr, arg-type]
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for child in module.modules():
-                if isinstance(child, Host) and child.veneer.fast_path_guard is None:
-                    child.veneer.fast_path_guard = child.register_forward_pre_hook(keep_slow_path)
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:

@@ -162,6 +162,17 @@ class Method:
     #: a bias of the same module is covered too when a rule names the module (a trained head, say)
     covers_bias: ClassVar[bool] = False
 
+    def __str__(self) -> str:
+        """The method with those options that differ from their defaults."""
+        parts = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Method):
+                parts.append(str(value))
+            elif f.name == "rank" or value != f.default:
+                parts.append(f"{f.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
     def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> Adapter:
         """The adapter for one weight, parameters allocated on the current default device, not yet filled.
 
@@ -173,6 +184,16 @@ class Method:
     def shared(self, shapes: Mapping[str, Shape], seed: int) -> nn.Module | None:
         """State that all weights of a plan share (a vector bank, random bases), or None."""
         return None
+
+    @property
+    def uses_input(self) -> bool:
+        """The adapter needs the layer's input, not only its weight (dropout on the input, say)."""
+        return False
+
+    @property
+    def adds_bias(self) -> bool:
+        """The adapter adds to the layer's bias."""
+        return False
 
     def refusal(self, shape: Shape) -> str | None:
         """Why this method cannot adapt such a weight, or None when it can."""

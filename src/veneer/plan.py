@@ -135,7 +135,8 @@ class Plan:
                             r[3].rjust(widths[3]))).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         share = 100 * self.trainable_parameters / max(self.base_parameters, 1)
-        lines.append(f"{len(self.entries)} of {self.adaptable} adaptable weights, {self.trainable_parameters:,} trainable parameters "
+        lines.append(f"{len(self.entries)} weights of {self.adaptable} adaptable matrices, "
+                     f"{self.trainable_parameters:,} trainable parameters "
                      f"({share:.3f}% of the base's {self.base_parameters:,})")
         if self.excluded:
             lines.append("left alone: " + ", ".join(self.excluded[:6]) + (" …" if len(self.excluded) > 6 else ""))
@@ -230,7 +231,8 @@ def _with_biases(weights: list[Weight], chosen: dict, but: frozenset | set = fro
         out[weight] = (method, pattern)
         place = weight.places[0]
         bias = by_name.get(f"{place.module_name}.bias" if place.module_name else "bias")
-        if method.covers_bias and place.param == "weight" and bias and bias not in chosen and bias not in but:
+        spoken = bias is None or bias in chosen or bias in but
+        if method.covers_bias and place.param == "weight" and bias is not None and not spoken:
             out[bias] = (method, pattern)
     return out
 
@@ -297,12 +299,12 @@ def _check(weight: Weight, method: Method, pattern: str) -> None:
     if reason is None and any(p.layout != weight.layout for p in weight.places):
         reason = f"{_tie(weight)} are one tensor but laid out differently"
     hosts = {place.host for place in weight.places}
-    if reason is None and getattr(method, "dropout", 0) and not all(h.has_input for h in hosts):
+    if reason is None and method.uses_input and not all(h.has_input for h in hosts):
         reason = "its forward uses the weight directly, so there is no input to drop from; use dropout=0"
-    if reason is None and getattr(method, "bias", False) and not all(h.has_bias for h in hosts):
+    if reason is None and method.adds_bias and not all(h.has_bias for h in hosts):
         reason = "this kind of layer has no bias to add to; use bias=False"
-    if reason is None and any(getattr(place.module, "max_norm", None) is not None for place in weight.places):
-        reason = "an embedding with max_norm rewrites its own weight in every forward; set max_norm=None"
+    for place in weight.places:
+        reason = reason or place.host.refusal(place.module)
     if reason is not None:
         raise VeneerError(f"{type(method).__name__} cannot adapt {weight.name!r} (rule {pattern!r}): {reason}")
 

@@ -59,8 +59,3 @@ class OutProjHost(ParameterHost):
 
 def _swap(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1)
-
-
-def keep_slow_path(module: nn.Module, args: Any) -> None:
-    """A hook that does nothing: its presence keeps `nn.TransformerEncoderLayer` from its fused fast path,
-    which reads the layers' weights directly and would pass the adapters by."""

@@ -60,7 +60,7 @@ class HostState:
         self.kept: dict[str, Tensor | None] = {}  # the base's own values while merged; None = had no such bias
         self.shown: dict[str, Tensor] | None = None  # adapted weights, only while this module's forward runs
         self.routes_seen: deque[tuple] = deque(maxlen=8)
-        self.fast_path_guard: Any = None  # a hook handle, see hosts.attention
+        self.guards: dict[str, Any] = {}  # what `lift` must call remove() on, see hosts.direct_readers
 
 
 class Host(nn.Module):
@@ -79,6 +79,11 @@ class Host(nn.Module):
     def claims(cls, module: nn.Module) -> dict[str, Layout]:
         """The parameters of `module` that this host applies itself, or an empty dict when it is not its kind."""
         raise NotImplementedError
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Why this module cannot be adapted although it is of this host's kind, or None."""
+        return None
 
     # -- which adapters ---------------------------------------------------------------------------------
     def route_now(self) -> Route:
@@ -111,8 +116,8 @@ class Host(nn.Module):
             if name is None or name in state.merged or name not in self.adapters:
                 continue
             slots = self.adapters[name]
-            if param in slots:
-                adapter = slots[param]
+            if param in slots:  # type: ignore[operator]
+                adapter = slots[param]  # type: ignore[index]
                 if adapter.pending:
                     self.finish(param, adapter)
                 found.append(adapter)
@@ -155,6 +160,19 @@ class Host(nn.Module):
         """The layer's bias with the adapters of that parameter applied, or the bias itself."""
         adapters = self.live("bias", names) if "bias" in self.veneer.layouts else []
         return self.adapted_weight("bias", adapters) if adapters else self._parameters.get("bias")
+
+    def explain(self, param: str) -> tuple[str, str]:
+        """The path that parameter `param` takes under the route in force, and why."""
+        state = self.veneer
+        if state.merged:
+            return "merged", f"{', '.join(state.merged)} written over the base weight"
+        if state.route.disabled:
+            return "base", "inside disabled()"
+        adapters = self.live(param, state.route.rows.distinct if state.route.rows else None)
+        return self.explain_live(param, adapters) if adapters else ("base", "no live adapter")
+
+    def explain_live(self, param: str, adapters: Sequence[Adapter]) -> tuple[str, str]:
+        return "weight space", "the module's own forward reads the weight"
 
     # -- terms ------------------------------------------------------------------------------------------
     def term(self, adapter: Adapter, weight: Tensor, rows: Tensor | None = None) -> Term | None:

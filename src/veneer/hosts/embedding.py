@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from veneer.hosts.base import Layout
 from veneer.hosts.tensor_host import TensorHost, finish_term
-from veneer.method import VeneerError
 from veneer.ops import Term
 from veneer.ops.reference import row_factor
 
@@ -28,11 +27,13 @@ class EmbeddingHost(TensorHost):
             return {}
         return {"weight": Layout.of(weight)}
 
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        if cast(Any, module).max_norm is None:
+            return None
+        return "an embedding with max_norm rewrites its own weight in every forward; set max_norm=None"
+
     def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-        table = cast(Any, self)
-        if table.max_norm is not None:
-            raise VeneerError("an embedding with max_norm rewrites its own weight in every forward and cannot be "
-                              "adapted; set max_norm=None")
         y = base = self._look_up(x, weight)
         for term in terms:
             low = self._look_up(x, term.B.to(base.dtype))

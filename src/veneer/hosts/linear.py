@@ -28,6 +28,9 @@ class LinearHost(TensorHost):
         matrix = self.veneer.layouts["weight"].matrix(weight)
         return ops.linear(x, matrix, bias, terms) if terms else F.linear(x, matrix, bias)
 
+    def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
+        return ops.choose(None, self.base_matrix("weight"), terms)
+
 
 class Conv1DHost(LinearHost):
     """The same over a weight stored as (in, out)."""

@@ -27,7 +27,7 @@ def adapted_class(base: type, host: type[Host], params: tuple[str, ...]) -> type
 def _reduce(self: Any, protocol: Any) -> tuple:
     """Pickle and deepcopy by what made the class: it has no name that could be imported."""
     kind = type(self)
-    made_by, args, *rest = super(kind, self).__reduce_ex__(max(2, int(protocol)))
+    _, args, *rest = super(kind, self).__reduce_ex__(max(2, int(protocol)))
     return (_rebuild, (kind.veneer_key, *args[1:]), *rest)
 
 
@@ -53,8 +53,7 @@ def lay(module: nn.Module, host: type[Host], params: tuple[str, ...], route: Rou
 
 def lift(module: Host) -> None:
     """Give the module back its own class and take away everything that was added."""
-    guard = module.veneer.fast_path_guard
-    if guard is not None:
+    for guard in module.veneer.guards.values():
         guard.remove()
     del module.adapters
     del module.veneer

@@ -29,6 +29,15 @@ class TensorHost(Host):
         """The layer's output with `weight` (stored layout), `bias` and the terms."""
         raise NotImplementedError
 
+    def explain_live(self, param: str, adapters: Sequence[Adapter]) -> tuple[str, str]:
+        terms, dense = self._sort(adapters) if param == "weight" else ([], list(adapters))
+        if dense:
+            return "weight space", f"{type(dense[0]).__name__} has no low-rank form here"
+        return self.explain_terms(terms)
+
+    def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
+        return "low rank", "two small layers beside the base's own"
+
     def plain(self, x: Tensor) -> Tensor:
         """The base layer's own forward."""
         return super().forward(x)

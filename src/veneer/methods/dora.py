@@ -11,6 +11,7 @@ The norm is a constant for the gradient (§4.3 of the paper). With factors it ne
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,16 @@ class DoRA(Method):
     def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> DoRAAdapter:
         return DoRAAdapter(self.inner.build(shape, dtype, shared), shape, dtype)
 
-    def shared(self, shapes, seed):
+    def shared(self, shapes: Mapping[str, Shape], seed: int) -> nn.Module | None:
         return self.inner.shared(shapes, seed)
+
+    @property
+    def uses_input(self) -> bool:
+        return self.inner.uses_input
+
+    @property
+    def adds_bias(self) -> bool:
+        return self.inner.adds_bias
 
     def refusal(self, shape: Shape) -> str | None:
         return self.inner.refusal(shape)

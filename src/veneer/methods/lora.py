@@ -57,6 +57,14 @@ class LoRA(Method):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
+    @property
+    def uses_input(self) -> bool:
+        return self.dropout > 0
+
+    @property
+    def adds_bias(self) -> bool:
+        return self.bias
+
     def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> LoRAAdapter:
         return LoRAAdapter(self, shape, self.dtype or dtype)
 
