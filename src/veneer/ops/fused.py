@@ -30,6 +30,7 @@ class FusedLinear(torch.autograd.Function):
         base = weight.to(x.dtype)
         inner = x if dropped is None else dropped.apply(x)
         S = inner @ A.mT
+        del inner  # its memory serves y: on a CPU, fresh pages cost more than the small products
         if row_mask is not None:
             S.mul_(row_mask)
         if bias is None:
@@ -57,29 +58,33 @@ class FusedLinear(torch.autograd.Function):
         x, weight, bias, A, B, S, gain_1, row_mask, total = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, need_gain = ctx.needs_input_grad[:6]
         dy = grads[0]
-        d_gain = d_bias = d_x = d_A = d_B = d_weight = None
+        d_gain = d_bias = d_x = d_A = d_B = d_weight = product = None
         if need_bias or (need_gain and bias is not None):
             d_bias = dy.sum(0)
         if gain_1 is not None:
             if need_gain:
-                d_gain = (dy * total).sum(0, dtype=gain_1.dtype)
+                # Not sum(dtype=…), which would widen the whole product first; the sum accumulates wide anyway.
+                product = dy * total
+                d_gain = product.sum(0).to(gain_1.dtype)
                 if bias is not None:
                     d_gain -= d_bias * bias
-            dy = torch.addcmul(dy, dy, gain_1.to(dy.dtype))
+            dy = torch.addcmul(dy, dy, gain_1.to(dy.dtype), out=product)
         dropped = ctx.dropped
         if need_x or need_A:
             dS = dy @ B
             if row_mask is not None:
                 dS.mul_(row_mask)
+            inner = None
             if need_A:
-                d_A = dS.mT @ (x if dropped is None else dropped.apply(x))
+                inner = x if dropped is None else dropped.apply(x)
+                d_A = dS.mT @ inner
             if need_x:
-                d_x = dS @ A
+                d_x = torch.mm(dS, A, out=None if dropped is None else inner)
                 if dropped is not None:
                     dropped.zero_(d_x)
                 d_x.addmm_(dy, weight.to(dy.dtype))
         if need_B:
-            d_B = dy.mT @ S
+            d_B = (S.mT @ dy).mT
         if need_weight:
             d_weight = (dy.mT @ x).to(weight.dtype)
         return d_x, d_weight, d_bias if need_bias else None, d_A, d_B, d_gain, None, None
