@@ -1,0 +1,81 @@
+"""The benchmark scripts run, measure what they say, and write only their own section of the results."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+pytest.importorskip("peft", reason="the benchmarks compare with peft: pip install 'veneer[peft]'")
+
+
+def run(script: str, results: pathlib.Path, *options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), "--results", str(results), "--threads", "1",
+               "--repetitions", "2", "--warmup", "1", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def table(text: str) -> list[dict[str, str]]:
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+             if line.startswith("| ")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
+
+
+def sizes(m: int, k: int, n: int) -> list[str]:
+    return ["--m", str(m), "--k", str(k), "--n", str(n)]
+
+
+def test_layers_compares_all_contenders(tmp_path):
+    results = tmp_path / "RESULTS.md"
+    results.write_text("# Mine\n\nkept\n\n<!-- layers: begin -->\nstale section\n<!-- layers: end -->\n\nalso kept\n")
+    shown = table(run("layers.py", results, *sizes(16, 32, 24), "--rank", "2"))
+    seen = {(row["dtype"], row["method"], row["contender"]) for row in shown}
+    for method in ("LoRA", "LoRA, dropout 0.05", "DoRA"):
+        assert {("fp32", method, "Veneer"), ("fp32", method, "peft"), ("bf16", method, "Veneer"),
+                ("bf16", method, "peft"), ("bf16", method, "peft, 16-bit adapter")} <= seen
+    text = results.read_text()
+    assert text.startswith("# Mine\n\nkept\n")
+    assert text.endswith("also kept\n")
+    assert "stale section" not in text
+    assert table(text) == shown
+    assert str(tmp_path) not in text
+    assert "python benchmarks/layers.py --threads 1" in text
+    # A bar is for the sizes it was set for.
+    assert all(row["bar"] == "" for row in shown)
+
+
+def test_layer_memory_is_exact(tmp_path):
+    """A frozen layer keeps nothing; a LoRA layer keeps its input and S."""
+    shown = table(run("layers.py", tmp_path / "r.md", *sizes(512, 256, 128), "--rank", "16", "--methods", "lora",
+                      "--dtypes", "fp32"))
+    kept = {row["contender"]: float(row["kept MiB"]) for row in shown}
+    assert kept["frozen"] == 0
+    exact = (512 * 256 + 512 * 16) * 4 / 2**20
+    # Beside those two: B times its scale (128, 16), and nothing of the size of x or y.
+    assert exact - 0.005 <= kept["Veneer"] <= exact + 2 * 128 * 16 * 4 / 2**20
+
+
+def test_step_compares_all_contenders(tmp_path):
+    results = tmp_path / "RESULTS.md"
+    shown = table(run("step.py", results, "--model", "tiny", "--batch", "2", "--tokens", "16", "--rank", "2"))
+    assert [(row["dtype"], row["contender"]) for row in shown] == [
+        (dtype, name) for dtype in ("bf16", "fp32") for name in ("frozen", "Veneer", "peft")]
+    for row in shown:
+        assert float(row["step s"]) > 0
+        assert float(row["tokens/s"]) > 0
+        assert float(row["peak MiB"]) > 0
+        assert re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", row["step ÷ frozen [quartiles]"])
+    assert "<!-- step: begin -->" in results.read_text()
+
+
+def test_an_unknown_method_is_named(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "layers.py"), "--methods", "lroa"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "invalid choice: 'lroa'" in done.stderr
