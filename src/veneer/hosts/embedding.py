@@ -42,6 +42,8 @@ class EmbeddingHost(TensorHost):
                 added = added * F.dropout(torch.ones(*x.shape, 1, dtype=added.dtype, device=x.device), term.dropout)
             gain = None if term.gain is None else F.embedding(x, term.gain.unsqueeze(-1))
             added = finish_term(added, base, None, term, gain)
+            if cast(Any, self).padding_idx is not None:  # the row of the padding is never trained, by no parameter
+                added = torch.where((x == cast(Any, self).padding_idx).unsqueeze(-1), added.detach(), added)
             y = y + (added if term.rows is None else added * row_factor(term.rows, added))
         return y
 
