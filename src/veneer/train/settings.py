@@ -1,0 +1,276 @@
+"""The settings of `veneer train`: one dataclass for each section of the YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from veneer.method import Method, VeneerError, method_class, method_from_dict, method_names, nearest
+from veneer.train import config_file
+from veneer.train.schema import ConfigError, build, json_schema, option, override
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    name: str = option("", "A Hugging Face model or local folder, or smollm2-135m for the embedded one.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
+        "auto", "Number type of the base weights; auto takes the file's."
+    )
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = option(
+        None, "Attention implementation of transformers; null leaves the choice to it."
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hugging Face Hub.")
+    trust_remote_code: bool = option(False, "Allow Python code that comes with the model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    name: str = "default"
+    seed: int = 0
+    #: what `veneer.plan` and `veneer.attach` take: pattern → method or None, or one method for all linear weights
+    rules: Mapping[str, Method | None] | Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    train: str | list[str] | None = option(None, "Training files (.jsonl, .json, .csv).")  # noqa: RUF009
+    heldout: str | list[str] | None = option(None, "Held-out files; never trained on.")  # noqa: RUF009
+    heldout_share: float = option(
+        0.0, "Without held-out files: this share of the training rows is held out.", minimum=0.0, maximum=0.9
+    )
+    generator: str | None = option(
+        None, "Instead of files: a Python file with train(seed, …) and heldout(seed, …), each returning rows."
+    )
+    generator_options: dict[str, Any] = option(  # noqa: RUF009
+        dict, "Further arguments of the generator, as {train: {…}, heldout: {…}}."
+    )
+    train_on: Literal["answers", "everything"] = option(
+        "answers", "Which tokens carry loss: the assistant's turns (completions), or all. Plain text: always all."
+    )
+    system: str | None = option(None, "System message put before every chat that has none.")
+    chat_template: str | None = option(None, "A Jinja file to use instead of the tokenizer's chat template.")
+    max_length: int = option(1024, "Longest example, in tokens.", minimum=8)
+    too_long: Literal["truncate", "skip", "error"] = option(
+        "truncate", "What to do with a longer one: cut its end, leave it out (counted and told), or stop."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    epochs: float = option(1.0, "Passes over the training data.", minimum=0.0)
+    max_steps: int | None = option(None, "Stop after this many optimizer steps; overrides epochs.", minimum=1)
+    max_minutes: float | None = option(None, "Stop when training took this long.", minimum=0.0)
+    batch_size: int = option(8, "Examples in one forward pass, per device.", minimum=1)
+    gradient_accumulation: int = option(1, "Forward passes per optimizer step.", minimum=1)
+    learning_rate: float = option(2e-4, "Peak learning rate.", minimum=0.0)
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = option(
+        "cosine", "Course of the learning rate."
+    )
+    warmup_ratio: float = option(0.05, "Share of the steps in which it rises from 0.", minimum=0.0, maximum=1.0)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", minimum=0.0)
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 turns that off.", minimum=0.0)
+    optimizer: str = option("adamw_torch", "Any name of transformers' OptimizerNames.")
+    seed: int = option(0, "Seed of the data order and of dropout.", minimum=0)
+    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass to save memory.")
+    log_every: int = option(5, "Steps between two entries in metrics.jsonl.", minimum=1)
+    save_every: int | None = option(None, "Steps between two checkpoints; null writes none.", minimum=1)
+    keep_checkpoints: int = option(2, "How many checkpoints stay on disk.", minimum=1)
+    threads: int | None = option(None, "CPU threads of PyTorch; null leaves its default.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    every: int | None = option(None, "Steps between two held-out losses during training; null: none.", minimum=1)
+    keep_best: bool = option(False, "End with the adapter of the lowest held-out loss (needs every and save_every).")
+    generate: bool = option(True, "Also answer the held-out prompts and count exact matches (greedy decoding).")
+    batch_size: int = option(16, "Examples evaluated at once.", minimum=1)
+    max_new_tokens: int = option(128, "Longest answer, in tokens.", minimum=1)
+    samples: int = option(3, "Answers shown before and after.", minimum=0)
+    limit: int | None = option(None, "Use only this many held-out examples.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputSettings:
+    directory: str = option("runs/veneer", "Where everything is written, relative to the current directory.")
+    overwrite: bool = option(False, "Allow a directory that holds an earlier run.")
+    report: bool = option(True, "Write report.html.")
+    check_reload: bool = option(True, "Load the saved adapter into a fresh model and compare logits bit by bit.")
+    check_merge: bool = option(True, "Merge, and compare logits with the unmerged model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: ModelSettings
+    adapter: AdapterSettings
+    data: DataSettings
+    training: TrainingSettings
+    evaluation: EvaluationSettings
+    output: OutputSettings
+    base: Path  # the folder that data paths are relative to
+    source: Mapping[str, Any]  # the plain config, as read and overridden
+
+
+_SECTIONS = {
+    "data": DataSettings,
+    "training": TrainingSettings,
+    "evaluation": EvaluationSettings,
+    "output": OutputSettings,
+}
+_KEYS = ("model", "adapter", *_SECTIONS)
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Settings from a YAML file, with `a.b=value` overrides applied. Raises `ConfigError`."""
+    path = Path(path)
+    config = config_file.read(path)
+    for assignment in overrides:
+        if isinstance(config.get("model"), str) and assignment.startswith("model."):
+            config["model"] = {"name": config["model"]}
+        override(config, assignment, config_file.parse_value)
+    return parse_settings(config, path.parent)
+
+
+def parse_settings(config: Mapping[str, Any], base: Path) -> Settings:
+    """Settings from plain data; data paths are relative to `base`. Raises `ConfigError`."""
+    for key in config:
+        if key not in _KEYS:
+            raise ConfigError(
+                f"unknown section {key!r} in the config{nearest(str(key), _KEYS)} Sections: {', '.join(_KEYS)}"
+            )
+    for key in ("model", "adapter", "data"):
+        if key not in config:
+            raise ConfigError(f"the config has no section {key!r}; needed: model, adapter, data")
+    sections: dict[str, Any] = {name: build(cls, config.get(name) or {}, name) for name, cls in _SECTIONS.items()}
+    settings = Settings(
+        model=parse_model(config["model"]),
+        adapter=parse_adapter(config["adapter"]),
+        base=base,
+        source=config,
+        **sections,
+    )
+    _check_together(settings)
+    return settings
+
+
+def parse_model(value: Any) -> ModelSettings:
+    """The `model` section; a plain text is its name."""
+    model = build(ModelSettings, {"name": value} if isinstance(value, str) else value, "model")
+    if not model.name:
+        raise ConfigError("model.name is missing: a Hugging Face model, a local folder, or smollm2-135m")
+    return model
+
+
+def parse_adapter(value: Any) -> AdapterSettings:
+    """The `adapter` section: either `method` with its options and `targets`, or `rules`. Raises `ConfigError`."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"adapter must be a mapping with 'method' or 'rules', got {value!r}")
+    options = dict(value)
+    name, seed = options.pop("name", "default"), options.pop("seed", 0)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"adapter.name must be text, got {name!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"adapter.seed must be a whole number, got {seed!r}")
+    rules = _parse_rules(options) if "rules" in options else _parse_method(options)
+    return AdapterSettings(name=name, seed=seed, rules=rules)
+
+
+def _parse_rules(options: dict[str, Any]) -> dict[str, Method | None]:
+    rules = options.pop("rules")
+    if options:
+        raise ConfigError(f"adapter has 'rules', so {', '.join(map(repr, options))} belongs inside one of its rules")
+    if not isinstance(rules, Mapping) or not rules:
+        raise ConfigError(f"adapter.rules must map patterns to methods or null, got {rules!r}")
+    return {str(pattern): _method(rule, f"adapter.rules[{pattern!r}]") for pattern, rule in rules.items()}
+
+
+def _parse_method(options: dict[str, Any]) -> dict[str, Method | None] | Method:
+    targets = options.pop("targets", None)
+    if "method" not in options:
+        known = ["method", "rules", "targets", "name", "seed"]
+        hint = next((nearest(str(key), known) for key in options if nearest(str(key), known)), "")
+        raise ConfigError(f"adapter needs 'method' (one of {', '.join(method_names())}) or 'rules'{hint}")
+    method = _method(options, "adapter")
+    assert method is not None
+    if targets is None:
+        return method
+    patterns = [targets] if isinstance(targets, str) else targets
+    if not isinstance(patterns, list) or not patterns or not all(isinstance(p, str) for p in patterns):
+        raise ConfigError(f"adapter.targets must be a pattern or a list of patterns, got {targets!r}")
+    return dict.fromkeys(patterns, method)
+
+
+def _method(value: Any, where: str) -> Method | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = {"method": value}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must be a method with its options, or null; got {value!r}")
+    try:
+        return method_from_dict(value)
+    except VeneerError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_together(settings: Settings) -> None:
+    """What no single key shows."""
+    data, training, evaluation = settings.data, settings.training, settings.evaluation
+    if (data.train is None) == (data.generator is None):
+        raise ConfigError("data needs exactly one of 'train' (files) and 'generator' (a Python file)")
+    if data.heldout is not None and data.heldout_share:
+        raise ConfigError("data.heldout and data.heldout_share exclude each other: one gives the held-out examples")
+    if data.generator is not None and (data.heldout is not None or data.heldout_share):
+        raise ConfigError("data.generator brings its own held-out examples; drop data.heldout and data.heldout_share")
+    if data.generator_options and data.generator is None:
+        raise ConfigError("data.generator_options has no effect without data.generator")
+    if evaluation.keep_best:
+        if not evaluation.every or not training.save_every:
+            raise ConfigError("evaluation.keep_best needs evaluation.every and training.save_every")
+        if training.save_every % evaluation.every:
+            raise ConfigError(
+                f"evaluation.keep_best: training.save_every ({training.save_every}) must be a multiple of "
+                f"evaluation.every ({evaluation.every}), so that every checkpoint has a held-out loss"
+            )
+    has_heldout = data.heldout is not None or data.heldout_share > 0 or data.generator is not None
+    if evaluation.every and not has_heldout:
+        raise ConfigError("evaluation.every needs held-out data: data.heldout, data.heldout_share or data.generator")
+    if training.epochs == 0 and training.max_steps is None:
+        raise ConfigError("training.epochs is 0 and training.max_steps is not set: nothing would be trained")
+
+
+def settings_schema() -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of the config file."""
+    model = {"anyOf": [{"type": "string"}, json_schema(ModelSettings)]}
+    properties = {"model": model, "adapter": _adapter_schema()}
+    properties |= {name: json_schema(cls) for name, cls in _SECTIONS.items()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "veneer train",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["model", "adapter", "data"],
+        "properties": properties,
+    }
+
+
+def _adapter_schema() -> dict[str, Any]:
+    """One alternative for each registered method, and one for rules."""
+    shared = {"name": {"type": "string", "default": "default"}, "seed": {"type": "integer", "default": 0}}
+    targets = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    alternatives: list[dict[str, Any]] = []
+    methods: list[dict[str, Any]] = []
+    for key in method_names():
+        options: dict[str, Any] = {f.name: {} for f in fields(method_class(key))}
+        described = {"method": {"const": key}, **options}
+        methods.append(_object(described, ["method"]))
+        alternatives.append(_object({**shared, "targets": targets, **described}, ["method"]))
+    rule = {"anyOf": [{"type": "null"}, {"enum": method_names()}, *methods]}
+    rules = {"type": "object", "additionalProperties": rule, "minProperties": 1}
+    alternatives.append(_object({**shared, "rules": rules}, ["rules"]))
+    return {"anyOf": alternatives}
+
+
+def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
