@@ -1,0 +1,1 @@
+"""Adapter files: save, load, and the formats they speak."""

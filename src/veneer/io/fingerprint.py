@@ -1,0 +1,148 @@
+"""By what an adapter knows its base model again: names, shapes, and a sample of the values of every weight.
+
+The samples are kept as they are, in the dtype the base had, so that a base loaded in another dtype is still
+recognised: both sides are rounded to the narrower dtype and must then be equal (between bfloat16 and float16,
+where neither holds the other, they must agree to bfloat16's precision). What an adapter replaces as a whole
+(`Full`, the rows of `Rows`) is left out: it does not matter what the base has there.
+
+Values are those of the base itself: of merged weights the kept originals. A difference that touches none of
+the sampled elements goes unseen; a fine-tuned base differs nearly everywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.hosts import Host
+from veneer.method import Method, nearest, parse_dtype
+from veneer.methods import Full, Rows
+from veneer.plan import Weight
+
+#: samples per model in all, and the least and most per weight
+_TOTAL, _LEAST, _MOST = 4096, 8, 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One weight's shape and dtype and some of its values; no values where it is replaced or unreadable."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: Tensor | None
+
+
+@dataclass
+class Fingerprint:
+    """Samples by weight name. `rows` are trained rows, from which nothing is sampled."""
+
+    count: int
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything: equal for equal bases in equal dtypes."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        weights = {name: [list(s.shape), s.dtype, _encode(s.values)] for name, s in self.samples.items()}
+        return {"count": self.count, "rows": {k: list(v) for k, v in self.rows.items()}, "weights": weights}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
+        found = cls(int(data["count"]), {k: tuple(v) for k, v in data["rows"].items()})
+        for name, (shape, dtype, text) in data["weights"].items():
+            found.samples[name] = Sample(tuple(shape), dtype, _decode(text, dtype))
+        return found
+
+
+def fingerprint(weights: list[Weight], methods: Mapping[str, Method]) -> Fingerprint:
+    """The fingerprint of a base, given its scanned weights and what is on them (weight name → method)."""
+    count = max(_LEAST, min(_MOST, _TOTAL // max(len(weights), 1)))
+    rows = {name: m.ids for name, m in methods.items() if isinstance(m, Rows)}
+    made = Fingerprint(count, rows)
+    for weight in weights:
+        skip = isinstance(methods.get(weight.name), Full)
+        made.samples[weight.name] = _sample(weight, count, rows.get(weight.name, ()), skip)
+    return made
+
+
+def compare(saved: Fingerprint, weights: list[Weight]) -> list[str]:
+    """What is different about another base, one sentence each; empty when it is the same."""
+    here = {weight.name: weight for weight in weights}
+    out = []
+    for name, then in saved.samples.items():
+        if name not in here:
+            out.append(f"base weight {name!r} {then.shape} is not in this model{nearest(name, here).rstrip('.')}")
+            continue
+        now = _sample(here[name], saved.count, saved.rows.get(name, ()), then.values is None)
+        if now.shape != then.shape:
+            out.append(f"base weight {name!r} is {now.shape} here and was {then.shape}")
+        elif not _same(then.values, now.values):
+            out.append(f"base weight {name!r} has other values than the one this adapter was trained on")
+    return out
+
+
+def _original(weight: Weight) -> Tensor | None:
+    """The base's own values, also while something is merged into them; None when they are gone."""
+    for place in weight.places:
+        module = place.module
+        if isinstance(module, Host):
+            kept = module.veneer.kept.get(place.param)
+            if kept is not None:
+                return kept
+            # A tied weight is kept in the one place that was merged; look at all of them before giving up.
+    merged = any(isinstance(p.module, Host) and p.module.veneer.merged and not p.module.veneer.kept
+                 and p.param in p.module.veneer.layouts for p in weight.places)
+    return None if merged else weight.tensor
+
+
+@torch.no_grad()
+def _sample(weight: Weight, count: int, but_rows: tuple[int, ...], skip: bool) -> Sample:
+    tensor = _original(weight)
+    shape, dtype = tuple(weight.tensor.shape), str(weight.tensor.dtype).removeprefix("torch.")
+    if skip or tensor is None or tensor.is_meta or not tensor.numel():
+        return Sample(shape, dtype, None)
+    at = [i for i in _positions(tensor.numel(), count) if not but_rows or i // tensor[0].numel() not in but_rows]
+    index = torch.tensor(at, dtype=torch.int64, device=tensor.device)
+    # By coordinates: flattening a transposed weight would copy it.
+    values = tensor[torch.unravel_index(index, tensor.shape)] if at else tensor.new_empty(0)
+    return Sample(shape, dtype, values.detach().cpu())
+
+
+def _positions(size: int, count: int) -> list[int]:
+    # Multiples of the golden ratio fall evenly over the range and not into few columns, as a stride may.
+    return sorted({(i * 0x9E3779B1 % 2**32) * size >> 32 for i in range(min(count, size))})
+
+
+def _same(then: Tensor | None, now: Tensor | None) -> bool:
+    if then is None or now is None:
+        return True
+    if then.dtype == now.dtype:
+        return torch.equal(then.contiguous().view(torch.uint8), now.contiguous().view(torch.uint8))
+    if not (then.is_floating_point() and now.is_floating_point()):
+        return True  # packed in another way: nothing that could be compared
+    if {then.dtype, now.dtype} == {torch.bfloat16, torch.float16}:
+        return torch.allclose(then.float(), now.float(), rtol=2**-7, atol=1e-7)
+    narrow = min(then.dtype, now.dtype, key=lambda d: torch.finfo(d).bits)
+    return torch.equal(then.to(narrow), now.to(narrow))
+
+
+def _encode(values: Tensor | None) -> str | None:
+    if values is None:
+        return None
+    return base64.b64encode(bytes(values.contiguous().view(torch.uint8).tolist())).decode()
+
+
+def _decode(text: str | None, dtype: str) -> Tensor | None:
+    if text is None:
+        return None
+    raw = torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+    return raw.view(parse_dtype(dtype)) if raw.numel() else torch.empty(0, dtype=parse_dtype(dtype))

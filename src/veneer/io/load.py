@@ -1,0 +1,226 @@
+"""load: an adapter from a path onto a model, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach import adapter_names, attach, attached, hosts
+from veneer.io import native, store
+from veneer.io.dialects import hf
+from veneer.io.fingerprint import compare
+from veneer.io.records import BaseMap, Record, base_map, base_weights, expected_tensors
+from veneer.method import Method, VeneerError, method_to_dict, nearest
+from veneer.plan import Weight, resolve
+
+#: fields of a method that say how to train it, not what its tensors mean
+_TRAINING_ONLY = ("dropout", "init", "dtype")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load` did. problems: what a strict load would have refused; empty after a strict one."""
+
+    path: Path
+    name: str
+    format: str
+    weights: int
+    parameters: int
+    problems: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        lines = [f"loaded {self.weights} weights, {self.parameters:,} parameters as {self.name!r} from {self.path} "
+                 f"({self.format} format)"]
+        lines += [f"problem: {text}" for text in self.problems]
+        return "\n".join(lines + [f"note: {text}" for text in self.notes])
+
+
+def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool = True, *,
+         allow_pickle: bool = False) -> LoadReport:
+    """Put the adapter at `path` onto the model as `name`, live and trainable as after `attach`.
+
+    path: a directory that `save` or PEFT wrote, or a tensor file in it. A model without an adapter `name` gets
+    one by the file's own plan, in the file's dtypes; if it has one of the same plan, that is filled.
+    strict: missing and unexpected tensors, wrong shapes, another base model raise one `VeneerError` that lists
+    them with the nearest matches, and the model is as before. Otherwise they are listed in the report, and the
+    weights that are whole are loaded. Never touches the network; pickle files only with `allow_pickle`, and
+    then only tensors out of them.
+    """
+    stored = store.read(path, allow_pickle)
+    weights = base_weights(model)
+    base = base_map(model, weights)
+    records, problems = _decode(stored, base)
+    records, unfit = _check(records, base)
+    problems += unfit
+    if stored.fingerprint is not None:
+        other = compare(stored.fingerprint, weights)
+        problems += [f"another base model: {text}" for text in other]
+    existing = name in adapter_names(model)
+    if existing:
+        problems += _against_existing(model, name, records)
+    if problems and strict:
+        raise VeneerError(_listing(stored, problems))
+    if not records:
+        raise VeneerError(f"nothing in {stored.file} fits this model\n" + _listing(stored, problems))
+    if not existing:
+        _attach(model, weights, records, name, stored)
+    filled = _fill(model, name, records)
+    count = sum(t.numel() for r in records for t in r.tensors.values())
+    return LoadReport(stored.file.parent, name, stored.layout, filled, count, tuple(problems), tuple(stored.notes))
+
+
+def _decode(stored: store.Stored, base: BaseMap) -> tuple[list[Record], list[str]]:
+    plan = stored.manifest.plan if stored.manifest else {}
+    if stored.layout == "native":
+        records, unknown = native.decode(plan, stored.tensors)
+        return records, [_unexpected(key, [f"{n}/" for n in plan]) for key in unknown]
+    assert stored.config is not None
+    records, problems = hf.decode(stored.config, stored.tensors, base)
+    if plan:
+        records = _as_planned(records, plan)
+    return records, problems
+
+
+def _as_planned(records: list[Record], plan: Mapping[str, Method]) -> list[Record]:
+    """The methods as the manifest has them, which knows more of them than PEFT's config; and what is missing."""
+    by_name = {record.name: record for record in records}
+    for name, method in plan.items():
+        record = by_name.setdefault(name, Record(name, method, {}))
+        record.method = method
+    return list(by_name.values())
+
+
+def _check(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str]]:
+    """The records that fit the base whole, and what is wrong with the others."""
+    good, problems = [], []
+    for record in records:
+        site = base.sites.get(record.name)
+        if site is None:
+            problems.append(f"unexpected: weight {record.name!r} is not in this model"
+                            f"{nearest(record.name, base.sites)}")
+            continue
+        reason = record.method.refusal(site.layout.shape)
+        if reason is not None:
+            problems.append(f"{type(record.method).__name__} cannot adapt {record.name!r}: {reason}")
+            continue
+        wrong = _wrong_tensors(record, expected_tensors(record.method, site.layout))
+        problems += wrong
+        if not wrong:
+            good.append(dataclasses.replace(record, method=_with_dtype(record, site.dtype)))
+    return good, problems
+
+
+def _wrong_tensors(record: Record, expected: Mapping[str, Tensor]) -> list[str]:
+    out = []
+    for part, want in expected.items():
+        key = record.keys.get(part, f"{record.name}/{part}")
+        if part not in record.tensors:
+            out.append(f"missing: {part} of {record.name!r} (no {key!r} in the file)")
+        elif record.tensors[part].shape != want.shape:
+            out.append(f"wrong shape: {key!r} is {tuple(record.tensors[part].shape)} as {part} of {record.name!r}, "
+                       f"which needs {tuple(want.shape)}")
+    out += [_unexpected(record.keys.get(part, part), expected) for part in record.tensors if part not in expected]
+    return out
+
+
+def _unexpected(key: str, known: Any) -> str:
+    return f"unexpected: {key!r}{nearest(key, known)}"
+
+
+def _with_dtype(record: Record, base: torch.dtype) -> Method:
+    """The method with the dtype its tensors have in the file, so that loading rounds nothing."""
+    dtypes = [tensor.dtype for part, tensor in record.tensors.items() if part != "magnitude"]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    return _replace_dtype(record.method, dtype, torch.promote_types(base, torch.float32))
+
+
+def _replace_dtype(method: Method, dtype: torch.dtype, default: torch.dtype) -> Method:
+    fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    if "dtype" in fields:
+        return method if (fields["dtype"] or default) == dtype else dataclasses.replace(method, **{"dtype": dtype})
+    inner = fields.get("inner")
+    if isinstance(inner, Method):
+        return type(method)(_replace_dtype(inner, dtype, default))  # type: ignore[call-arg]
+    return method
+
+
+def _against_existing(model: nn.Module, name: str, records: list[Record]) -> list[str]:
+    """How an adapter that is already there differs from the file's."""
+    if any(name in host.veneer.merged for _, host in hosts(model)):
+        raise VeneerError(f"load: adapter {name!r} is merged into the base weights; call veneer.unmerge(model) first")
+    there = {weight.name: adapter for weight, adapter in attached(model, name)}
+    problems = []
+    for record in list(records):
+        adapter = there.pop(record.name, None)
+        if adapter is None:
+            problems.append(f"unexpected: {record.name!r} is in the file, but adapter {name!r} on this model "
+                            "is not on it")
+            records.remove(record)
+        elif adapter.method is None or _meaning(adapter.method) != _meaning(record.method):
+            problems.append(f"{record.name!r} is {record.method} in the file and {adapter.method} on this model")
+            records.remove(record)
+        else:
+            problems += _narrowed(record, adapter.state_dict())
+    return problems + [f"missing: {rest!r}, which adapter {name!r} on this model is on, is not in the file"
+                       for rest in there]
+
+
+def _narrowed(record: Record, have: Mapping[str, Tensor]) -> list[str]:
+    return [f"{record.name!r}: {part} would be rounded from {tensor.dtype} to {have[part].dtype}"
+            for part, tensor in record.tensors.items()
+            if torch.promote_types(tensor.dtype, have[part].dtype) != have[part].dtype]
+
+
+def _meaning(method: Method) -> Any:
+    def strip(config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        kept = {k: strip(v) for k, v in config.items() if k not in _TRAINING_ONLY}
+        if "rank" in kept and kept.get("alpha") is None:
+            kept["alpha"] = kept["rank"]
+        return kept
+
+    return strip(method_to_dict(method))
+
+
+def _attach(model: nn.Module, weights: list[Weight], records: list[Record], name: str, stored: store.Stored) -> None:
+    chosen = {record.name: record.method for record in records}
+    rules: dict[str, Method | None] = {}
+    for weight in weights:
+        # The parameter's full name is the one by which no other weight goes.
+        full = weight.places[0].names[-1]
+        method = chosen.get(weight.name)
+        if method is not None:
+            rules[full] = method
+        elif full.endswith(".bias"):
+            rules[full] = None  # a method that covers biases is to cover only what the file has
+    seed = stored.manifest.seed if stored.manifest else None
+    attach(model, resolve(model, weights, rules), name, seed=seed or 0)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, name: str, records: list[Record]) -> int:
+    """Copy the tensors into the adapter's own parameters, which stay the objects they are."""
+    tensors = {record.name: record.tensors for record in records}
+    filled = 0
+    for weight, adapter in attached(model, name):
+        if weight.name in tensors:
+            adapter.load_state_dict(tensors[weight.name])
+            adapter.pending = False
+            filled += 1
+    return filled
+
+
+def _listing(stored: store.Stored, problems: list[str]) -> str:
+    shown = problems[:20]
+    more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
+    return "\n  ".join([f"load: {stored.file} does not fit this model ({len(problems)} problems); the model is "
+                        "unchanged. strict=False loads what fits", *shown, *more])

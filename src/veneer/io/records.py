@@ -1,0 +1,162 @@
+"""The two things every format translates between: the records of an adapter, and the map of a base model.
+
+A record is one adapted weight with its method and tensors. A site is where a weight sits in a model and how
+it is applied. Neither holds a module, so a format is a function of plain data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach import attached, hosts
+from veneer.hosts import Host, Layout
+from veneer.hosts.attention import AttentionHost, OutProjHost
+from veneer.hosts.conv import ConvHost
+from veneer.hosts.embedding import EmbeddingHost
+from veneer.hosts.linear import Conv1DHost, LinearHost
+from veneer.method import Method, VeneerError
+from veneer.plan import Place, Weight, base_modules, scan
+
+#: how a weight is applied, from the most to the least special host
+_KINDS: tuple[tuple[type[Host], str], ...] = (
+    (Conv1DHost, "conv1d"), (LinearHost, "linear"), (ConvHost, "conv"), (EmbeddingHost, "embedding"),
+    (AttentionHost, "attention"), (OutProjHost, "out_proj"))
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One place of a weight: the module's name, the parameter's name in it, and its kind."""
+
+    module: str
+    param: str
+    kind: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.module}.{self.param}" if self.module else self.param
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight of the base: its Veneer name, all its places (more than one = tied), its layout."""
+
+    name: str
+    spots: tuple[Spot, ...]
+    layout: Layout
+    dtype: torch.dtype
+    is_linear: bool
+    is_head: bool
+    #: of a convolution: what PEFT does not carry over to its own A (groups, dilation, padding mode), if unusual
+    unusual: str = ""
+
+
+@dataclass
+class BaseMap:
+    """What a format may know of a base model: its weights, module names, and what belongs to which module."""
+
+    sites: dict[str, Site]
+    modules: list[str]
+    #: every name a place has, module tied twice or not: parameter path → site
+    by_path: dict[str, Site] = field(default_factory=dict)
+    #: modules that hold persistent buffers, themselves or below
+    buffered: set[str] = field(default_factory=set)
+    class_name: str = ""
+    name_or_path: str | None = None
+    is_causal_lm: bool = False
+
+
+@dataclass
+class Record:
+    """One adapted weight: tensors by their name in the adapter; keys: by what name each stands in a file."""
+
+    name: str
+    method: Method
+    tensors: dict[str, Tensor]
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def base_weights(model: nn.Module) -> list[Weight]:
+    """The weights of the base itself: without biases that a merge has added to layers that had none."""
+    return [weight for weight in scan(model) if not any(_is_added(place) for place in weight.places)]
+
+
+def _is_added(place: Place) -> bool:
+    module = place.module
+    return isinstance(module, Host) and place.param in module.veneer.kept and module.veneer.kept[place.param] is None
+
+
+def base_map(model: nn.Module, weights: list[Weight]) -> BaseMap:
+    """The map of a model, adapted or not."""
+    sites = {weight.name: _site(weight) for weight in weights}
+    found = BaseMap(sites, [name for name, _ in base_modules(model) if name])
+    for site in sites.values():
+        for spot in site.spots:
+            found.by_path[spot.path] = site
+    adapters = {id(part) for _, host in hosts(model) for part in host.adapters.modules()}
+    for name, module in model.named_modules():
+        if id(module) not in adapters and set(module._buffers) - module._non_persistent_buffers_set:
+            parts = name.split(".")
+            found.buffered.update(".".join(parts[:i + 1]) for i in range(len(parts)))
+    kind = type(model).veneer_base if isinstance(model, Host) else type(model)  # type: ignore[attr-defined]
+    found.class_name = kind.__name__
+    path = getattr(model, "name_or_path", None)
+    found.name_or_path = path if isinstance(path, str) and path else None
+    found.is_causal_lm = (("CausalLM" in kind.__name__ or "LMHead" in kind.__name__)
+                          and callable(getattr(model, "prepare_inputs_for_generation", None)))
+    return found
+
+
+def records_of(model: nn.Module, name: str) -> list[Record]:
+    """The adapter's records in the model's order, tensors as trained (same dtype, same device, not copied)."""
+    found = []
+    for weight, adapter in attached(model, name):
+        if adapter.pending:
+            _finish(weight, adapter)
+        if adapter.on_meta():
+            raise VeneerError(f"save: the adapter of {weight.name!r} is on the meta device and has no values yet; "
+                              "call model.to_empty(device=...) and load the base weights first")
+        assert adapter.method is not None
+        tensors = {key: value.detach() for key, value in adapter.state_dict().items()}
+        found.append(Record(weight.name, adapter.method, tensors))
+    return found
+
+
+def expected_tensors(method: Method, layout: Layout) -> dict[str, Tensor]:
+    """What an adapter of this method on this weight consists of: meta tensors by name."""
+    with torch.device("meta"):
+        return dict(method.build(layout.shape, torch.float32).state_dict())
+
+
+def _finish(weight: Weight, adapter: Any) -> None:
+    # attached on the meta device, filled since, never run: its start from the base weight is still owed
+    for place in weight.places:
+        if isinstance(place.module, Host):
+            place.module.finish(place.param, adapter)
+            return
+
+
+def _site(weight: Weight) -> Site:
+    spots = tuple(Spot(p.module_name, p.param, _kind(p)) for p in weight.places)
+    return Site(weight.name, spots, weight.layout, weight.tensor.dtype, weight.is_linear, weight.is_head,
+                _unusual(weight.places[0]))
+
+
+def _kind(place: Place) -> str:
+    if place.param == "bias" and place.host is not AttentionHost:
+        return "bias"
+    return next((kind for host, kind in _KINDS if issubclass(place.host, host)), "parameter")
+
+
+def _unusual(place: Place) -> str:
+    conv: Any = place.module
+    if not issubclass(place.host, ConvHost):
+        return ""
+    if conv.groups != 1:
+        return f"groups={conv.groups}"
+    if any(step != 1 for step in conv.dilation):
+        return f"dilation={tuple(conv.dilation)}"
+    return "" if conv.padding_mode == "zeros" else f"padding_mode={conv.padding_mode!r}"

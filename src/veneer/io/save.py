@@ -1,0 +1,124 @@
+"""save: one adapter of a model into a directory."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach import adapter_names, attached
+from veneer.io import native
+from veneer.io.dialects import hf
+from veneer.io.files import write_all
+from veneer.io.fingerprint import Fingerprint, fingerprint
+from veneer.io.manifest import META_BASE, META_CONFIG, META_MANIFEST, Manifest
+from veneer.io.records import BaseMap, Record, base_map, base_weights, records_of
+from veneer.io.store import MANIFEST, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, generation
+from veneer.io.tensors import content_hash, read_metadata, write_tensors
+from veneer.method import VeneerError, nearest
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What `save` did. format: "peft" or, with the reason why not, "native". bytes: of all files together."""
+
+    path: Path
+    format: str
+    reason: str
+    files: tuple[str, ...]
+    bytes: int
+    weights: int
+    parameters: int
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        kind = "PEFT format" if self.format == "peft" else f"native format, PEFT cannot load it: {self.reason}"
+        lines = [f"saved {self.weights} weights, {self.parameters:,} parameters, {self.bytes:,} bytes to {self.path}",
+                 f"{kind} ({', '.join(self.files)})"]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def save(model: nn.Module, path: str | Path, name: str = "default") -> SaveReport:
+    """Write the adapter `name` into the directory `path`, replacing the adapter that was there.
+
+    In Hugging Face PEFT's format where its config can express the plan, else in the native one; the report
+    says which and why. Tensors keep the dtype they were trained in; no byte of the base is written; a merged
+    adapter is saved like any other. All at once: a save that fails or is killed leaves the old adapter or the
+    new one. Other files in the directory are left alone. Never touches the network.
+
+    Raises `VeneerError` for an unknown name, an adapter without values (meta device), or a write that failed.
+    """
+    present = adapter_names(model)
+    if name not in present:
+        raise VeneerError(f"save: no adapter named {name!r} on this model{nearest(str(name), present)} "
+                          f"It has: {', '.join(map(repr, present)) or 'none'}")
+    records = records_of(model, name)
+    weights = base_weights(model)
+    base = base_map(model, weights)
+    print_ = fingerprint(weights, {r.name: r.method for r in records})
+    seed = _seed(model, name)
+    try:
+        config, tensors, notes = hf.encode(records, base)
+        return _write(Path(path), records, base, print_, seed, tensors, config, "", notes)
+    except hf.Inexpressible as no:
+        reason = str(no)
+    return _write(Path(path), records, base, print_, seed, native.encode(records), None, reason, [])
+
+
+def _write(path: Path, records: list[Record], base: BaseMap, print_: Fingerprint, seed: int | None,
+           tensors: Mapping[str, Tensor], config: dict | None, reason: str, notes: list[str]) -> SaveReport:
+    layout = "native" if config is None else "peft"
+    count = sum(t.numel() for r in records for t in r.tensors.values())
+    manifest = Manifest(
+        layout, {r.name: r.method for r in records}, content_hash(tensors), count, seed, reason, generation(path) + 1,
+        {"class": base.class_name, "name_or_path": base.name_or_path, "weights": len(base.sites),
+         "fingerprint": print_.digest()},
+        {"veneer": _version(), "torch": torch.__version__})
+    text = manifest.to_json()
+    meta = {"format": "pt", META_MANIFEST: text, META_BASE: json.dumps(print_.to_dict(), separators=(",", ":"))}
+    files: list[tuple[str, Callable[[IO[bytes]], None]]] = []
+    hide, drop = [], [PEFT_TENSORS, PEFT_CONFIG]
+    if config is not None:
+        meta[META_CONFIG] = json.dumps(config, indent=2)
+        hide, drop = _stale_config(path, meta[META_CONFIG]), [NATIVE_TENSORS]
+        files.append((PEFT_CONFIG, functools.partial(_write_text, meta[META_CONFIG])))
+    tensor_file = PEFT_TENSORS if config is not None else NATIVE_TENSORS
+    files.insert(0, (tensor_file, lambda file: write_tensors(file, tensors, meta)))
+    files.append((MANIFEST, functools.partial(_write_text, text)))
+    size = write_all(path, files, hide=hide, drop=drop)
+    return SaveReport(path, layout, reason, tuple(f for f, _ in files), size, len(records), count, tuple(notes))
+
+
+def _stale_config(path: Path, new: str) -> list[str]:
+    """The old config is to go before the new tensors come, so that PEFT never sees one with the other.
+
+    Only where the old tensors carry their config themselves: else they would be unreadable if the save ended
+    right then.
+    """
+    config = path / PEFT_CONFIG
+    if not config.is_file() or config.read_text(encoding="utf-8") == new:
+        return []
+    tensors = path / PEFT_TENSORS
+    return [PEFT_CONFIG] if tensors.is_file() and META_CONFIG in read_metadata(tensors) else []
+
+
+def _write_text(text: str, file: IO[bytes]) -> None:
+    file.write(text.encode("utf-8"))
+
+
+def _seed(model: nn.Module, name: str) -> int | None:
+    keys = {adapter.seed_key.partition("/")[0] for _, adapter in attached(model, name)}
+    seed = keys.pop() if len(keys) == 1 else ""
+    return int(seed) if seed.lstrip("-").isdigit() else None
+
+
+def _version() -> str:
+    from veneer import __version__  # here: veneer/__init__ imports this module
+
+    return __version__

@@ -1,0 +1,114 @@
+"""safetensors files: a writer that needs nothing but torch, a reader whose errors say what is wrong.
+
+Format: 8 bytes with the header's length (little endian), a JSON header {name: {dtype, shape, data_offsets}}
+padded with spaces, then the bytes (https://github.com/huggingface/safetensors#format). The library's own
+writer needs numpy, which the core does not depend on, and writes no file that could be synced to disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from veneer.method import VeneerError
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_CHUNK = 1 << 24
+
+
+def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file into an open binary file, one tensor in memory at a time.
+
+    tensors: any device, float or integer. metadata: string → string, kept in the header.
+    """
+    # Widest elements first keeps every tensor aligned to its element size.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise VeneerError(f"{name!r} is of {tensor.dtype}, which a safetensors file cannot hold")
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for name in order:
+        for part in _bytes_of(tensors[name]):
+            file.write(part)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors (on the CPU) and the metadata of a safetensors file.
+
+    Raises `VeneerError` for a file that is cut off or is something else, with how many bytes are there and,
+    where the header can still be read, how many there should be.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise VeneerError(f"{path}: not a complete safetensors file ({error}). It has {path.stat().st_size:,} bytes"
+                          f"{_expected_size(path)}. Nothing was loaded; copy or save it again") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone, from the header; empty for a file that is none."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+
+
+def content_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        for part in _bytes_of(tensor):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes in row-major order, a chunk at a time, without a copy where it is on the CPU already."""
+    tensor = tensor.detach().cpu().contiguous()
+    size = tensor.numel() * tensor.element_size()
+    if size:
+        view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+        for start in range(0, size, _CHUNK):
+            yield view[start:start + _CHUNK]
+
+
+def _expected_size(path: Path) -> str:
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > path.stat().st_size:
+            return ""
+        try:
+            header = json.loads(file.read(length))
+            ends = [int(item["data_offsets"][1]) for name, item in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return ""
+    total = 8 + length + max(ends, default=0)
+    return f", its header announces {total:,}" if total != path.stat().st_size else ""
