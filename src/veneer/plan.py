@@ -15,6 +15,7 @@ from torch import nn
 
 from veneer.hosts import Host, Layout, host_of
 from veneer.hosts.parameter import ParameterHost
+from veneer.hosts.swap import has_own_forward
 from veneer.method import Method, VeneerError, VeneerWarning
 from veneer.storage import storage_of
 
@@ -305,6 +306,8 @@ def _check(weight: Weight, method: Method, pattern: str) -> None:
         reason = "this kind of layer has no bias to add to; use bias=False"
     for place in weight.places:
         reason = reason or place.host.refusal(place.module)
+        if reason is None and has_own_forward(place.module):
+            reason = "this instance has a forward of its own that hides its class's; adapt it before it is wrapped"
     if reason is not None:
         raise VeneerError(f"{type(method).__name__} cannot adapt {weight.name!r} (rule {pattern!r}): {reason}")
 

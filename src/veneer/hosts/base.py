@@ -59,6 +59,7 @@ class HostState:
         self.merged: tuple[str, ...] = ()
         self.kept: dict[str, Tensor | None] = {}  # the base's own values while merged; None = had no such bias
         self.shown: dict[str, Tensor] | None = None  # adapted weights, only while this module's forward runs
+        self.read: set[str] = set()  # which of them that forward has asked for
         self.routes_seen: deque[tuple] = deque(maxlen=8)
         self.guards: dict[str, Any] = {}  # what `lift` must call remove() on, see hosts.direct_readers
 
@@ -135,8 +136,10 @@ class Host(nn.Module):
     # -- the definition ---------------------------------------------------------------------------------
     def base_weight(self, param: str) -> Tensor:
         """The stored base weight, as dense numbers."""
-        stored = self._parameters[param]
-        assert stored is not None
+        # Sharding wrappers put the gathered tensor in the instance's own dict while the forward runs.
+        stored = self._parameters.get(param)
+        if stored is None:
+            stored = self.__dict__[param]
         return storage_of(stored, param).read(stored)
 
     def base_matrix(self, param: str) -> Tensor:

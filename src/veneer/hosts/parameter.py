@@ -6,6 +6,7 @@ quantisers, savers and everyone else outside see the stored parameter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.hosts.base import Host, Layout, check_rows
-from veneer.method import VeneerError
+from veneer.method import VeneerError, VeneerWarning
 
 
 class ParameterHost(Host):
@@ -42,6 +43,12 @@ class ParameterHost(Host):
         outs = {name: self._forward_names((name,), args, kwargs) for name in rows.distinct}
         dim = self.batch_dim(args, kwargs)
         return _select(outs, rows.distinct, route, dim)
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        if isinstance(module, nn.RNNBase):
+            return "a recurrent layer keeps its own list of weights and never asks for them by name"
+        return None
 
     def shown_hosts(self) -> Sequence[Host]:
         """The hosts whose weights this module's forward reads: itself, and children it does not call."""
@@ -79,6 +86,17 @@ def _showing(hosts: Sequence[Host], shown: Sequence[dict[str, Tensor]]) -> Itera
     finally:
         for host, weights_before in zip(hosts, before, strict=True):
             host.veneer.shown = weights_before
+    if not torch.compiler.is_compiling():
+        for host, weights in zip(hosts, shown, strict=True):
+            _warn_unread(host, weights)
+
+
+def _warn_unread(host: Host, weights: dict[str, Tensor]) -> None:
+    """An adapted weight that the forward did not ask for had no effect: say so, once."""
+    for name in weights.keys() - host.veneer.read:
+        host.veneer.read.add(name)
+        warnings.warn(f"the forward of {type(host).__name__.removeprefix('Adapted')} did not read its parameter "
+                      f"{name!r}, so the adapter on it had no effect in this call", VeneerWarning, stacklevel=3)
 
 
 def shown_property(name: str) -> property:
@@ -87,10 +105,15 @@ def shown_property(name: str) -> property:
     def read(self: Any) -> Any:
         shown = self.veneer.shown
         if shown is not None and name in shown:
+            if not torch.compiler.is_compiling():
+                self.veneer.read.add(name)
             return shown[name]
-        return self._parameters[name]
+        return self._parameters[name] if name in self._parameters else self.__dict__[name]
 
-    return property(read)
+    def write(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(read, write)
 
 
 def _select(outs: dict, distinct: Sequence, route: Any, dim: int) -> Any:

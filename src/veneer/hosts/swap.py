@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 from torch import nn
@@ -48,7 +49,19 @@ def lay(module: nn.Module, host: type[Host], params: tuple[str, ...], route: Rou
         shown = tuple(sorted({*params, *module.veneer.layouts}))
         module.__class__ = adapted_class(type(module).veneer_base, host, shown)  # type: ignore[attr-defined]
     assert isinstance(module, Host)
+    _rebind(module)
     return module
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """The instance carries a forward that hides its class's, and not in the way accelerate's hooks do."""
+    return "forward" in module.__dict__ and "_old_forward" not in module.__dict__
+
+
+def _rebind(module: nn.Module) -> None:
+    """accelerate's hooks keep the class's forward, bound, on the instance: give them the present class's."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def lift(module: Host) -> None:
@@ -58,3 +71,4 @@ def lift(module: Host) -> None:
     del module.adapters
     del module.veneer
     module.__class__ = type(module).veneer_base  # type: ignore[attr-defined]
+    _rebind(module)
