@@ -14,6 +14,7 @@ _EXTRA = {
     "rich": "train",
     "yaml": "train",
     "jinja2": "train",
+    "markupsafe": "train",
     "matplotlib": "plot",
     "gguf": "gguf",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,23 @@ def load_model(settings: ModelSettings, like: Loaded | None = None) -> Loaded:
     return _load_hub(settings, like)
 
 
-def model_key(settings: ModelSettings) -> dict[str, Any]:
-    """What `veneer chat` needs to load the same base again."""
-    return {"name": settings.name, "dtype": settings.dtype, "revision": settings.revision}
+def load_skeleton(settings: ModelSettings) -> nn.Module:
+    """The model on the meta device: its structure without its weights. Raises `ModelError`."""
+    transformers = require("transformers", "loading a model")
+    if settings.name in EMBEDDED or settings.name.endswith(".gguf"):
+        path = _embedded_file(settings.name) if settings.name in EMBEDDED else Path(settings.name).expanduser()
+        source, where = str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+        require("gguf", "loading a GGUF file")
+    else:
+        source, where = _hub_source(settings)
+    try:
+        with _quiet_progress():
+            config = transformers.AutoConfig.from_pretrained(source, **where)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings, error) from error
+    trust = {"trust_remote_code": True} if settings.trust_remote_code else {}
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, **trust)
 
 
 def _embedded_file(name: str) -> Path:
@@ -95,16 +110,27 @@ def _load_gguf(path: Path, settings: ModelSettings, like: Loaded | None) -> Load
     return _finish(model, tokenizer, f"{path.name} (GGUF, dequantised)")
 
 
-def _load_hub(settings: ModelSettings, like: Loaded | None) -> Loaded:
-    transformers = require("transformers", "loading a model")
+def _hub_source(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
+    """Where transformers is to look, and how."""
     local = Path(settings.name).expanduser()
     looks_local = settings.name.startswith((".", "/", "~")) or settings.name.count("/") > 1
     if looks_local and not local.is_dir():
         raise ModelError(f"model.name {settings.name!r}: there is no such folder")
-    name = str(local) if local.is_dir() else settings.name
     where: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if settings.revision:
         where["revision"] = settings.revision
+    return (str(local) if local.is_dir() else settings.name), where
+
+
+def _cannot_load(settings: ModelSettings, error: Exception) -> ModelError:
+    first = str(error).strip().split("\n")[0]
+    embedded = ", ".join(EMBEDDED)
+    return ModelError(f"cannot load the model {settings.name!r}: {first} (embedded models: {embedded})")
+
+
+def _load_hub(settings: ModelSettings, like: Loaded | None) -> Loaded:
+    transformers = require("transformers", "loading a model")
+    name, where = _hub_source(settings)
     try:
         with _quiet_progress():
             model = transformers.AutoModelForCausalLM.from_pretrained(name, **where, **_options(settings))
@@ -112,8 +138,7 @@ def _load_hub(settings: ModelSettings, like: Loaded | None) -> Loaded:
                 name, **where
             )  # fmt: skip
     except (OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"cannot load the model {settings.name!r}: {first}") from error
+        raise _cannot_load(settings, error) from error
     return _finish(model, tokenizer, name)
 
 
@@ -170,7 +195,9 @@ def _quiet_progress() -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        # the GGUF reader draws its bar with plain tqdm, which only looks at where stderr goes
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if shown:

@@ -11,7 +11,6 @@ import transformers
 
 from veneer.train.console import Console, is_first_process
 
-
 # the Trainer's names → ours
 _NAMES = {"loss": "loss", "eval_loss": "heldout_loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate"}
 

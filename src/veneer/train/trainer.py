@@ -170,15 +170,11 @@ class AdapterTrainer(transformers.Trainer):
         self._restore(self.state.best_model_checkpoint)
 
     def _restore(self, path: str) -> None:
-        """Put the adapter of a checkpoint in the place of the present one (before the optimizer is made)."""
+        """Fill the adapter from a checkpoint; its parameters stay the same objects, which the optimizer may hold."""
         model = self.accelerator.unwrap_model(self.model)
         if not os.path.isdir(path):
             raise VeneerError(f"there is no checkpoint at {path!r}")
-        veneer.detach(model, self.adapter_name)
         veneer.load(model, path, name=self.adapter_name)
-        veneer.activate(model, self.adapter_name)
-        for parameter in own_parameters(model, self.adapter_name):
-            parameter.requires_grad_(True)
 
     def diverged(self, what: str) -> None:
         """Stop, before the step is taken, and keep the adapter as it was. Raises `DivergedError`."""

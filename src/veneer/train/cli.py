@@ -1,0 +1,146 @@
+"""The command line `veneer`: train, plan, info, merge, chat."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from veneer.method import VeneerError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="veneer", description="Thin trainable layers over a frozen PyTorch model.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="fine-tune a model as a YAML file says")
+    train.add_argument("config", nargs="?", help="the YAML file")
+    train.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
+    train.add_argument("--dry-run", action="store_true", help="show plan, data, mask and memory, then stop")
+    train.add_argument("--resume", nargs="?", const="last", metavar="CHECKPOINT", help="go on from a checkpoint")
+    train.add_argument("--print-schema", action="store_true", help="print the JSON schema of the YAML file")
+    train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="show which weights would be adapted, without loading any")
+    plan.add_argument("config", nargs="?", help="a YAML file; or use --model and --method")
+    plan.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
+    plan.add_argument("--model", help="a Hugging Face model, folder, .gguf file, or smollm2-135m")
+    plan.add_argument("--method", default="lora", help="lora, dora, full, ... (default lora)")
+    plan.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the method")
+    plan.add_argument("--target", action="append", metavar="PATTERN", help="weights to adapt; default all linear")
+    plan.set_defaults(run=_plan)
+
+    info = commands.add_parser("info", help="describe a saved adapter")
+    info.add_argument("path")
+    info.set_defaults(run=_info)
+
+    merge = commands.add_parser("merge", help="write the base model with an adapter merged into it")
+    merge.add_argument("adapter")
+    _base_arguments(merge)
+    merge.add_argument("--output", required=True, metavar="DIR")
+    merge.set_defaults(run=_merge)
+
+    chat = commands.add_parser("chat", help="talk to a model with an adapter")
+    chat.add_argument("--adapter", help="a saved adapter; without it the bare model answers")
+    _base_arguments(chat)
+    chat.add_argument("--system", help="system message")
+    chat.add_argument("--prompt", help="answer this once and stop")
+    chat.add_argument("--max-new-tokens", type=int, default=256)
+    chat.set_defaults(run=_chat)
+    return parser
+
+
+def _base_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="the base model; default: the one `veneer train` noted beside the adapter")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 or auto; default: as in training")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, or 2 after an error, which is told in one message."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except VeneerError as error:
+        if arguments.debug:
+            raise
+        print(f"veneer: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        print("veneer: interrupted", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from veneer.train.settings import load_settings, settings_schema
+
+    if arguments.print_schema:
+        print(json.dumps(settings_schema(), indent=2))
+        return 0
+    if arguments.config is None:
+        raise VeneerError("veneer train needs a YAML file; examples/demo.yaml is one, docs/training.md describes it")
+    settings = load_settings(arguments.config, arguments.set)
+    from veneer.train.run import train
+
+    results = train(settings, dry_run=arguments.dry_run, resume=arguments.resume)
+    failed = [check.name for check in results.checks if not check.passed] if results else []
+    if failed:
+        raise VeneerError(f"training ended, but these checks of its result failed: {', '.join(failed)}; see above")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import veneer
+    from veneer.train.config_file import parse_value
+    from veneer.train.model import load_skeleton
+    from veneer.train.schema import override
+    from veneer.train.settings import load_settings, parse_adapter, parse_model
+
+    if (arguments.config is None) == (arguments.model is None):
+        raise VeneerError("veneer plan needs either a YAML file or --model")
+    if arguments.config is not None:
+        settings = load_settings(arguments.config, arguments.set)
+        model, rules = settings.model, settings.adapter.rules
+    else:
+        section: dict[str, Any] = {"method": arguments.method}
+        for assignment in arguments.option:
+            override(section, assignment, parse_value)
+        if arguments.target:
+            section["targets"] = arguments.target
+        model, rules = parse_model(arguments.model), parse_adapter(section).rules
+    print(veneer.plan(load_skeleton(model), rules))
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import veneer
+
+    print(veneer.info(arguments.path))
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from veneer.train.serve import base_settings, merge_to_folder
+
+    path = merge_to_folder(base_settings(arguments.adapter, arguments.model, arguments.dtype), arguments)
+    print(f"merged model: {path}")
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from veneer.train.serve import Chat, base_settings
+
+    chat = Chat(base_settings(arguments.adapter, arguments.model, arguments.dtype), arguments)
+    if arguments.prompt is not None:
+        print(chat.answer(arguments.prompt))
+        return 0
+    chat.loop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Using a trained adapter from the shell: `veneer chat` and `veneer merge`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import veneer
+from veneer.method import VeneerError
+from veneer.train.encode import Encoder
+from veneer.train.extras import require
+from veneer.train.forms import Example
+from veneer.train.model import load_model
+from veneer.train.schema import build
+from veneer.train.settings import ModelSettings
+
+_NAME = "default"
+_HELP = "/base: the bare model answers   /adapter: the adapter answers   /reset: forget the chat   /quit"
+
+
+def base_settings(adapter: str | None, model: str | None, dtype: str | None) -> ModelSettings:
+    """The base model: what the user names, else what `veneer train` wrote beside the adapter."""
+    values: dict[str, Any] = {"name": model} if model else {}
+    if not model:
+        if adapter is None:
+            raise VeneerError("name the base model with --model, or an adapter with --adapter")
+        path = Path(adapter)
+        if not path.exists():
+            raise VeneerError(f"there is no adapter at {adapter!r}")
+        config = path.resolve().parent / "config.json"
+        if not config.is_file():
+            raise VeneerError(
+                f"beside {adapter!r} is no config.json of `veneer train`, so the base is unknown: name it with --model"
+            )
+        values = json.loads(config.read_text(encoding="utf-8"))["model"]
+    if dtype:
+        values["dtype"] = dtype
+    return build(ModelSettings, values, "model")
+
+
+def merge_to_folder(settings: ModelSettings, arguments: argparse.Namespace) -> Path:
+    """Write the merged model in Hugging Face form; the folder appears whole or not at all. Raises `VeneerError`."""
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise VeneerError(f"--output {str(output)!r} is there already and is not empty")
+    loaded = load_model(settings)
+    model: Any = loaded.model
+    veneer.load(model, arguments.adapter, name=_NAME)
+    veneer.merge(model, _NAME, keep=False)
+    veneer.detach(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+        os.chmod(temporary, 0o755)  # mkdtemp's folders are private
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+class Chat:
+    """A conversation with a model whose adapter can be switched off and on."""
+
+    def __init__(self, settings: ModelSettings, arguments: argparse.Namespace) -> None:
+        loaded = load_model(settings)
+        self.model: Any = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.encoder = Encoder(tokenizer=loaded.tokenizer)
+        self.limit = arguments.max_new_tokens
+        self.system = arguments.system if arguments.system is not None else _trained_system(arguments.adapter)
+        self.messages: list[dict[str, str]] = []
+        self.adapted = arguments.adapter is not None
+        if arguments.adapter is not None:
+            veneer.load(self.model, arguments.adapter, name=_NAME)
+        if torch.cuda.is_available():
+            self.model.to("cuda")
+        self.has_adapter = self.adapted
+
+    def answer(self, text: str, streamer: Any = None) -> str:
+        """The greedy answer to `text` after the conversation so far, which it becomes part of."""
+        self.messages.append({"role": "user", "content": text})
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        placeholder = {"role": "assistant", "content": ""}
+        example = Example(place="chat", form="messages", messages=(*system, *self.messages, placeholder))
+        ids = torch.tensor([self.encoder.prompt_ids(example)], device=self.model.device)
+        if self.has_adapter and not self.adapted:
+            with veneer.disabled(self.model):
+                out = self._generate(ids, streamer)
+        else:
+            out = self._generate(ids, streamer)
+        reply = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        self.messages.append({"role": "assistant", "content": reply})
+        return reply
+
+    def _generate(self, ids: torch.Tensor, streamer: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=self.limit, do_sample=False,
+                streamer=streamer,
+            )  # fmt: skip
+
+    def loop(self) -> None:
+        """Read lines until the end of input."""
+        transformers = require("transformers", "veneer chat")
+        print(_HELP, file=sys.stderr)
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                return
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                print(self.command(line), file=sys.stderr)
+            elif line:
+                streamer = transformers.TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                self.answer(line, streamer)
+
+    def command(self, line: str) -> str:
+        """Carry out a line that begins with a slash; what to tell the user."""
+        if line == "/reset":
+            self.messages.clear()
+            return "forgotten"
+        if line in ("/base", "/adapter"):
+            if not self.has_adapter:
+                return "there is no adapter to switch"
+            self.adapted = line == "/adapter"
+            return f"now answering: {'the adapter' if self.adapted else 'the bare model'}"
+        return f"unknown command {line}. {_HELP}"
+
+
+def _trained_system(adapter: str | None) -> str | None:
+    """The system message of the training data, where a run noted one beside its adapter."""
+    if adapter is None:
+        return None
+    config = Path(adapter).resolve().parent / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")).get("system") if config.is_file() else None
