@@ -49,7 +49,8 @@ def _worker(rank: int, kind: str, port: int) -> None:
     model.zero_grad()
     mine = ids[2 * rank : 2 * rank + 2]
     if kind == "ddp":
-        nn.parallel.DistributedDataParallel(model)(mine).backward()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped(mine).backward()
     else:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
