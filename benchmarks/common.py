@@ -61,7 +61,7 @@ METHODS: dict[str, Case] = {
 
 # -- contenders -------------------------------------------------------------------------------------------
 class Contender:
-    """Something that is timed. `method` and `name` label its row; `device` is synchronised around spans."""
+    """Something that is timed. `method` and `name` label its row; spans are timed on `device`."""
 
     def __init__(self, method: str, name: str, device: torch.device) -> None:
         self.method, self.name, self.device = method, name, device
@@ -74,10 +74,25 @@ class Contender:
     def between(self) -> None:
         """Outside the timed spans, after each run: update the parameters, drop the gradients."""
 
-    def clock(self) -> float:
+    def start(self) -> Any:
+        """A moment at which the device has nothing left to do."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return self.moment()
+
+    def moment(self) -> Any:
+        """A moment; on CUDA an event in the stream, since waiting here would add what a real step does not pay."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
         return time.process_time() if self.cpu_time else time.perf_counter()
+
+    def seconds(self, since: Any, until: Any) -> float:
+        if self.device.type == "cuda":
+            until.synchronize()
+            return since.elapsed_time(until) / 1e3
+        return until - since
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:

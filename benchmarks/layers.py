@@ -45,12 +45,12 @@ class Layer(Contender):
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4) if self.trained else None
 
     def run(self) -> dict[str, float]:
-        start = self.clock()
+        start = self.start()
         y = self.layer(self.x)
-        middle = self.clock()
+        middle = self.moment()
         y.backward(self.dy)
-        end = self.clock()
-        return {"forward": middle - start, "backward": end - middle}
+        end = self.moment()
+        return {"forward": self.seconds(start, middle), "backward": self.seconds(middle, end)}
 
     def between(self) -> None:
         self.x.grad = None
@@ -59,7 +59,7 @@ class Layer(Contender):
             self.optimizer.zero_grad(set_to_none=True)
 
     def check(self, expected: Tensor) -> None:
-        """Before the first step: the base's output (drop-out of a zero update included), and every gradient."""
+        """Before the first step, while the update is still zero: the base's output, and every gradient."""
         y = self.layer(self.x)
         error = (y - expected).abs().max() / expected.abs().max()
         y.backward(self.dy)

@@ -48,15 +48,16 @@ class Step(Contender):
         return self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
 
     def run(self) -> dict[str, float]:
-        start = self.clock()
+        start = self.start()
         loss = self.loss()
-        middle = self.clock()
+        middle = self.moment()
         loss.backward()
-        end = self.clock()
-        spans = {"forward": middle - start, "backward": end - middle}
+        end = self.moment()
+        spans = {"forward": self.seconds(start, middle), "backward": self.seconds(middle, end)}
         if self.optimizer is not None:
+            end = self.moment()
             self.optimizer.step()
-            spans["optimizer"] = self.clock() - end
+            spans["optimizer"] = self.seconds(end, self.moment())
         self.losses.append(loss.item())
         return spans
 
