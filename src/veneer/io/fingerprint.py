@@ -90,6 +90,18 @@ def compare(saved: Fingerprint, weights: list[Weight]) -> list[str]:
     return out
 
 
+def differing(carried: Mapping[str, Tensor], weights: list[Weight]) -> list[str]:
+    """Base weights that a file brings along (by parameter path) and that are not this base's own."""
+    here = {place.names[-1]: weight for weight in weights for place in weight.places}
+    out = []
+    for path, tensor in carried.items():
+        own = _original(here[path])
+        if own is not None and (own.shape != tensor.shape or not _same(tensor, own.detach().cpu())):
+            out.append(f"another base model: the file carries base weight {path!r} {tuple(tensor.shape)}, and this "
+                       f"model's ({tuple(own.shape)}) is not the same; load or resize the base first")
+    return out
+
+
 def _original(weight: Weight) -> Tensor | None:
     """The base's own values, also while something is merged into them; None when they are gone."""
     for place in weight.places:

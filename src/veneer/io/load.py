@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from veneer.attach import adapter_names, attach, attached, hosts
 from veneer.io import native, store
 from veneer.io.dialects import hf
-from veneer.io.fingerprint import compare
+from veneer.io.fingerprint import compare, differing
 from veneer.io.records import BaseMap, Record, base_map, base_weights, expected_tensors
 from veneer.method import Method, VeneerError, method_to_dict, nearest
 from veneer.plan import Weight, resolve
@@ -57,7 +57,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     stored = store.read(path, allow_pickle)
     weights = base_weights(model)
     base = base_map(model, weights)
-    records, problems = _decode(stored, base)
+    records, problems = _decode(stored, base, weights)
     records, unfit = _check(records, base)
     problems += unfit
     if stored.fingerprint is not None:
@@ -77,13 +77,15 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     return LoadReport(stored.file.parent, name, stored.layout, filled, count, tuple(problems), tuple(stored.notes))
 
 
-def _decode(stored: store.Stored, base: BaseMap) -> tuple[list[Record], list[str]]:
+def _decode(stored: store.Stored, base: BaseMap, weights: list[Weight]) -> tuple[list[Record], list[str]]:
     plan = stored.manifest.plan if stored.manifest else {}
     if stored.layout == "native":
         records, unknown = native.decode(plan, stored.tensors)
         return records, [_unexpected(key, [f"{n}/" for n in plan]) for key in unknown]
     assert stored.config is not None
-    records, problems = hf.decode(stored.config, stored.tensors, base)
+    reading = hf.decode(stored.config, stored.tensors, base)
+    records, problems = list(reading.records.values()), reading.problems + differing(reading.base, weights)
+    stored.notes += reading.notes
     if plan:
         records = _as_planned(records, plan)
     return records, problems
