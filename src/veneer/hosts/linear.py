@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ class LinearHost(TensorHost):
     """y = x Wᵀ + bias with W (out, in)."""
 
     is_linear = True
+    transposed: ClassVar[bool] = False
 
     @classmethod
     def claims(cls, module: nn.Module) -> dict[str, Layout]:
@@ -25,7 +27,7 @@ class LinearHost(TensorHost):
         return _layouts(module, transposed=False)
 
     def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-        matrix = self.veneer.layouts["weight"].matrix(weight)
+        matrix = weight.mT if self.transposed else weight  # an adapter of the bias alone brings no layout of W
         return ops.linear(x, matrix, bias, terms) if terms else F.linear(x, matrix, bias)
 
     def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
@@ -34,6 +36,8 @@ class LinearHost(TensorHost):
 
 class Conv1DHost(LinearHost):
     """The same over a weight stored as (in, out)."""
+
+    transposed = True
 
     @classmethod
     def claims(cls, module: nn.Module) -> dict[str, Layout]:

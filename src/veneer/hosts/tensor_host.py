@@ -72,7 +72,7 @@ class TensorHost(Host):
         biases = any(self.live("bias", [name]) for name in named) if "bias" in self.veneer.layouts else False
         if not adapters and not biases:
             return self.plain(x)
-        matrix = self.base_matrix("weight")
+        matrix = self.base_matrix("weight") if adapters else self.base_weight("weight")
         terms = [self.term(a, matrix, rows.mask(name, x.device)) for name, a in adapters]
         whole = [term for term in terms if term is not None]
         if len(whole) == len(terms) and not biases:
