@@ -71,7 +71,7 @@ class DoRAAdapter(Adapter):
     def start(self, weight: Tensor) -> None:
         if self.inner.needs_weight:
             self.inner.start(weight)
-        self.magnitude.copy_(self.row_norm(weight))
+        self.magnitude.copy_(self._row_norm(weight))
 
     def new_weight(self, weight: Tensor) -> Tensor:
         return self.gain(weight).unsqueeze(-1) * self.inner.new_weight(weight)
@@ -110,12 +110,12 @@ class DoRAAdapter(Adapter):
         wide = torch.promote_types(self.magnitude.dtype, torch.float32)
         if factors is None:
             return torch.linalg.vector_norm(self.inner.new_weight(weight.to(wide)), dim=-1, dtype=wide)
-        A, B = factors.A.detach(), factors.B.detach().to(wide)
+        A, B = factors.A.detach().to(wide), factors.B.detach().to(wide)
         # The product with W runs in W's dtype (a fast matmul with wide accumulators); the sums are wide.
         cross = (weight @ A.to(weight.dtype).mT).to(wide)
-        gram = A.to(wide) @ A.to(wide).mT
-        square = self._base_square(weight, wide)
-        square = square + (B * (2 * factors.scale * cross + factors.scale**2 * (B @ gram))).sum(-1)
+        inner = B @ (A @ A.mT)
+        inner.mul_(factors.scale**2).add_(cross, alpha=2 * factors.scale)
+        square = inner.mul_(B).sum(-1).add_(self._base_square(weight, wide))
         return square.clamp_min_(0).sqrt_()
 
     def _base_square(self, weight: Tensor, wide: torch.dtype) -> Tensor:
