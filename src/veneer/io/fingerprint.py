@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from veneer.hosts import Host
-from veneer.method import Method, nearest, parse_dtype
+from veneer.method import Method, parse_dtype
 from veneer.methods import Full, Rows
 from veneer.plan import Weight
 
@@ -80,7 +80,7 @@ def compare(saved: Fingerprint, weights: list[Weight]) -> list[str]:
     out = []
     for name, then in saved.samples.items():
         if name not in here:
-            out.append(f"base weight {name!r} {then.shape} is not in this model{nearest(name, here).rstrip('.')}")
+            out.append(f"base weight {name!r} {then.shape} is not in this model")
             continue
         now = _sample(here[name], saved.count, saved.rows.get(name, ()), then.values is None)
         if now.shape != then.shape:

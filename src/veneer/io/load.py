@@ -16,7 +16,7 @@ from veneer.attach import adapter_names, attach, attached, hosts
 from veneer.io import native, store
 from veneer.io.dialects import hf
 from veneer.io.fingerprint import compare, differing
-from veneer.io.records import BaseMap, Record, base_map, base_weights, expected_tensors
+from veneer.io.records import SHOWN, BaseMap, Record, base_map, base_weights, expected_tensors, near
 from veneer.method import Method, VeneerError, method_to_dict, nearest
 from veneer.plan import Weight, resolve
 
@@ -61,8 +61,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     records, unfit = _check(records, base)
     problems += unfit
     if stored.fingerprint is not None:
-        other = compare(stored.fingerprint, weights)
-        problems += [f"another base model: {text}" for text in other]
+        problems = _other_base(compare(stored.fingerprint, weights), len(weights)) + problems
     existing = name in adapter_names(model)
     if existing:
         problems += _against_existing(model, name, records)
@@ -77,11 +76,19 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     return LoadReport(stored.file.parent, name, stored.layout, filled, count, tuple(problems), tuple(stored.notes))
 
 
+def _other_base(differences: list[str], weights: int) -> list[str]:
+    if not differences:
+        return []
+    more = " …" if len(differences) > 3 else ""
+    return [f"another base model: {len(differences)} of {weights} base weights differ: "
+            + "; ".join(differences[:3]) + more]
+
+
 def _decode(stored: store.Stored, base: BaseMap, weights: list[Weight]) -> tuple[list[Record], list[str]]:
     plan = stored.manifest.plan if stored.manifest else {}
     if stored.layout == "native":
         records, unknown = native.decode(plan, stored.tensors)
-        return records, [_unexpected(key, [f"{n}/" for n in plan]) for key in unknown]
+        return records, [_unexpected(key, plan) for key in unknown]
     assert stored.config is not None
     reading = hf.decode(stored.config, stored.tensors, base)
     records, problems = list(reading.records.values()), reading.problems + differing(reading.base, weights)
@@ -107,7 +114,7 @@ def _check(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str
         site = base.sites.get(record.name)
         if site is None:
             problems.append(f"unexpected: weight {record.name!r} is not in this model"
-                            f"{nearest(record.name, base.sites)}")
+                            f"{near(record.name, base.sites, problems)}")
             continue
         reason = record.method.refusal(site.layout.shape)
         if reason is not None:
@@ -222,7 +229,7 @@ def _fill(model: nn.Module, name: str, records: list[Record]) -> int:
 
 
 def _listing(stored: store.Stored, problems: list[str]) -> str:
-    shown = problems[:20]
-    more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
+    shown = problems[:SHOWN]
+    more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     return "\n  ".join([f"load: {stored.file} does not fit this model ({len(problems)} problems); the model is "
                         "unchanged. strict=False loads what fits", *shown, *more])

@@ -6,6 +6,7 @@ it is applied. Neither holds a module, so a format is a function of plain data.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from veneer.hosts.attention import AttentionHost, OutProjHost
 from veneer.hosts.conv import ConvHost
 from veneer.hosts.embedding import EmbeddingHost
 from veneer.hosts.linear import Conv1DHost, LinearHost
-from veneer.method import Method, VeneerError
+from veneer.method import Method, VeneerError, nearest
 from veneer.plan import Place, Weight, base_modules, scan
 
 #: how a weight is applied, from the most to the least special host
@@ -123,6 +124,15 @@ def records_of(model: nn.Module, name: str) -> list[Record]:
         tensors = {key: value.detach() for key, value in adapter.state_dict().items()}
         found.append(Record(weight.name, adapter.method, tensors))
     return found
+
+
+#: as many problems are shown, and looked up for their nearest match, which is slow work for hundreds
+SHOWN = 20
+
+
+def near(word: str, known: Iterable[str], problems: list[str]) -> str:
+    """The nearest match as a clause, for the problems that will be shown."""
+    return nearest(word, known) if len(problems) < SHOWN else ""
 
 
 def expected_tensors(method: Method, layout: Layout) -> dict[str, Tensor]:

@@ -41,16 +41,24 @@ def shorten(wanted: Collection[str], known: Iterable[str], matches: Matcher = hi
     None where even the whole names would hit something else.
     """
     others = set(known) - set(wanted)
+    taken = {end for other in others for end in _dotted_ends(other)} if matches is hits_target else set()
     entries: dict[str, None] = {}
     for name in wanted:
         parts = name.split(".")
         for candidate in (parts[-1], ".".join(parts[-2:]), name):
-            if not any(matches(candidate, other) for other in others):
+            if candidate in entries or (candidate not in taken if matches is hits_target else
+                                        not any(matches(candidate, other) for other in others)):
                 entries[candidate] = None
                 break
         else:
             return None
     return list(entries)
+
+
+def _dotted_ends(name: str) -> list[str]:
+    """Every entry that `hits_target` this name."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def target_entries(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from veneer.io.dialects.hf_config import check, method_for
 from veneer.io.dialects.hf_names import hits_saved, hits_target, is_target
 from veneer.io.dialects.hf_write import PREFIX, rescaled
-from veneer.io.records import BaseMap, Record, Site
-from veneer.method import Method, VeneerError, nearest
+from veneer.io.records import BaseMap, Record, Site, near
+from veneer.method import Method, VeneerError
 from veneer.methods import DoRA, Full, LoRA, Rows
 
 _LORA_KEY = re.compile(r"(?P<path>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
@@ -89,13 +89,15 @@ def _read_low_rank(reading: Reading, key: str, path: str, part: str, tensor: Ten
         return
     site = reading.map.by_path.get(f"{module}.weight") or reading.map.by_path.get(f"{module}.in_proj_weight")
     if site is None:
-        reading.problems.append(f"unexpected: {key!r}: no module {module!r} here{nearest(module, reading.map.modules)}")
+        reading.problems.append(f"unexpected: {key!r}: no module {module!r} here{near(module, reading.map.modules, reading.problems)}")
         return
     kind = next(spot.kind for spot in site.spots if spot.module == module)
     named = module.removesuffix(".out_proj") if kind == "out_proj" else module  # PEFT knows both by the parent
     method = method_for(reading.config, named, bool(reading.config["use_dora"]), bool(reading.config["lora_bias"]))
     if kind == "out_proj":
         method = _out_proj(reading, path, method)
+    elif kind in ("attention", "parameter"):
+        method = _without_dropout(method)  # as in PEFT, which adapts their weights and not their inputs
     _refuse(reading, site, kind, method)
     if len(site.spots) > 1 and kind != "embedding":
         reading.heads.setdefault(site.name, {})[part] = tensor
@@ -134,6 +136,7 @@ def _out_proj(reading: Reading, path: str, method: Method) -> Method:
     if not path.endswith(".base_layer.out_proj"):
         raise VeneerError(f"the file has LoRA on {path!r} itself; nn.MultiheadAttention never calls that layer, so "
                           "PEFT ignores it. Take these tensors out of the file")
+    method = _without_dropout(method)
     version = re.match(r"(\d+)\.(\d+)", str(reading.config["peft_version"] or ""))
     if version and (int(version[1]), int(version[2])) > (0, 21):
         return method
@@ -144,6 +147,10 @@ def _out_proj(reading: Reading, path: str, method: Method) -> Method:
     if note not in reading.notes:
         reading.notes.append(note)
     return dataclasses.replace(method, alpha=2 * method.alpha)
+
+
+def _without_dropout(method: Method) -> Method:
+    return dataclasses.replace(method, dropout=0.0) if isinstance(method, LoRA) else method
 
 
 def _refuse(reading: Reading, site: Site, kind: str, method: Method) -> None:
@@ -170,7 +177,7 @@ def _target_parameters(reading: Reading) -> dict[str, list[Site]]:
 
 
 def _read_parameter(reading: Reading, key: str, site: Site, part: str, tensor: Tensor) -> None:
-    method = method_for(reading.config, site.spots[0].path, dora=False, bias=False)
+    method = _without_dropout(method_for(reading.config, site.spots[0].path, dora=False, bias=False))
     assert isinstance(method, LoRA)
     batch = site.layout.shape.batch
     experts = batch[0] if batch else 1
@@ -192,7 +199,7 @@ def _read_rows(reading: Reading, key: str, module: str, tensor: Tensor) -> None:
     ids = _token_ids(reading.config["trainable_token_indices"], module)
     if site is None or ids is None:
         reading.problems.append(f"unexpected: {key!r}: no module {module!r} with trainable_token_indices"
-                                f"{nearest(module, reading.map.modules)}")
+                                f"{near(module, reading.map.modules, reading.problems)}")
         return
     reading.put(site, Rows(ids), "rows", tensor, key)
 
@@ -209,7 +216,7 @@ def _read_plain(reading: Reading, key: str, name: str, tensor: Tensor) -> None:
     site = reading.map.by_path.get(path)
     if site is None:
         reading.problems.append(f"unexpected: {key!r}: no parameter {path!r} here"
-                                f"{nearest(path, reading.map.by_path)}")
+                                f"{near(path, reading.map.by_path, reading.problems)}")
     elif _is_trained(reading, path, name, inside):
         _put_full(reading, site, path, tensor, key)
     else:
