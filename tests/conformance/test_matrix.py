@@ -166,6 +166,23 @@ def test_copies(method, host, dtype):
 
 @cell
 @every_dtype
+def test_saved_and_loaded_bit_for_bit(method, host, dtype, tmp_path):
+    model = adapt(build(host, dtype), method, host)
+    x = inputs(host, dtype)
+    veneer.save(model, tmp_path / "adapter")
+    other = build(host, dtype)
+    veneer.load(other, tmp_path / "adapter")
+    assert torch.equal(_outputs(other, x), _outputs(model, x))
+    assert torch.equal(_outputs(other.eval(), x), _outputs(model.eval(), x))
+    mine, theirs = adapter_parameters(model), adapter_parameters(other)
+    assert mine.keys() == theirs.keys()
+    for key, param in mine.items():
+        assert (theirs[key].dtype, theirs[key].requires_grad) == (param.dtype, True), key
+        assert torch.equal(theirs[key], param), key
+
+
+@cell
+@every_dtype
 def test_mixed_rows(method, host, dtype):
     base = build(host, dtype)
     x = inputs(host, dtype)
@@ -186,15 +203,30 @@ def test_mixed_rows(method, host, dtype):
     assert_as_good(Result(got, {}), own, truth, dtype)
 
 
-@cell
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+_SOME_HOSTS = ("linear", "conv2d", "embedding", "attention", "experts")
+
+
+def _compiled_cells():
+    """All cells in fp32 and bf16; in every run those that trace differently, the others (slow) in `make test-all`."""
+    cells = []
+    for (method, host), name in zip(CELLS, _NAMES, strict=True):
+        for dtype in (torch.float32, torch.bfloat16):
+            quick = method.name not in ("rslora", "dora-circulant") if dtype == torch.float32 else (
+                method.name in ("lora", "dora", "full") and host.name in _SOME_HOSTS)
+            short = "fp32" if dtype == torch.float32 else "bf16"
+            cells.append(pytest.param(method, host, dtype, id=f"{short}-{name}",
+                                      marks=() if quick else pytest.mark.slow))
+    return cells
+
+
+@pytest.mark.parametrize(("method", "host", "dtype"), _compiled_cells())
 def test_compile_fullgraph(method, host, dtype):
     _compiled(method, host, dtype, "aot_eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "host"), [c for c in CELLS if c[1].name in ("linear", "conv2d", "attention")],
-                         ids=[n for n, c in zip(_NAMES, CELLS, strict=True) if c[1].name in ("linear", "conv2d", "attention")])
+@pytest.mark.parametrize(("method", "host"), [pytest.param(*c, id=f"{c[0].name}-{c[1].name}") for c in CELLS
+                                              if c[1].name in _SOME_HOSTS])
 def test_compile_inductor(method, host):
     _compiled(method, host, torch.float32, "inductor")
 
