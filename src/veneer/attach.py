@@ -13,8 +13,7 @@ from veneer.hosts import AttentionHost, Host
 from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
 from veneer.method import Adapter, Method, VeneerError, nearest
-from veneer.plan import Plan, PlanEntry, Rules, Weight, base_modules, scan
-from veneer.plan import plan as make_plan
+from veneer.plan import Plan, PlanEntry, Rules, Weight, base_modules, plan_warning, scan
 from veneer.route import Route, RowNames
 from veneer.storage import storage_of
 
@@ -86,7 +85,7 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
     """
     _check_name(model, name)
     _no_merge(model, "attach")
-    made = rules if isinstance(rules, Plan) else make_plan(model, rules)
+    made = rules if isinstance(rules, Plan) else plan_warning(model, rules)
     adapters = _build(made, seed)
     known = routes(model)
     route = known[0] if known else Route()

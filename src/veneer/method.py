@@ -161,6 +161,8 @@ class Method:
     key: ClassVar[str] = ""
     #: a bias of the same module is covered too when a rule names the module (a trained head, say)
     covers_bias: ClassVar[bool] = False
+    #: the new weight is W + ΔW with a ΔW that does not depend on W, so that DoRA may wrap it
+    additive: ClassVar[bool] = True
 
     def __str__(self) -> str:
         """The method with those options that differ from their defaults."""

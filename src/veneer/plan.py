@@ -156,10 +156,14 @@ def plan(model: nn.Module, rules: Rules) -> Plan:
     Raises `VeneerError` when a pattern hits nothing, when a method cannot adapt what it was given, or when
     rules disagree about a tied weight. Warns (`VeneerWarning`) of uneven coverage of like-named weights.
     """
-    weights = scan(model)
-    made = resolve(model, weights, rules)
+    return plan_warning(model, rules)
+
+
+def plan_warning(model: nn.Module, rules: Rules) -> Plan:
+    """`plan` for a function of the API to call: its warnings point at the line that called that function."""
+    made = resolve(model, scan(model), rules)
     for text in made.warnings:
-        warnings.warn(text, VeneerWarning, stacklevel=2)
+        warnings.warn(text, VeneerWarning, stacklevel=3)
     return made
 
 

@@ -25,12 +25,13 @@ from veneer.method import Adapter, Factors, Method, Shape, VeneerError, register
 class DoRA(Method):
     """Give the rows of an additive method's result a trained length; starts at the base's own."""
 
+    additive = False
     inner: Method
 
     def __init__(self, inner: Method) -> None:
         if not isinstance(inner, Method):
             raise VeneerError(f"DoRA wraps a method: DoRA(LoRA(rank=8)); got {inner!r}")
-        if isinstance(inner, DoRA) or inner.covers_bias:
+        if not inner.additive:
             raise VeneerError(f"DoRA wraps an additive method such as LoRA; {type(inner).__name__} is not one")
         object.__setattr__(self, "inner", inner)
 

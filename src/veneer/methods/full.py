@@ -20,6 +20,7 @@ class Full(Method):
 
     dtype: torch.dtype | None = None
     covers_bias = True
+    additive = False
 
     def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> FullAdapter:
         return FullAdapter(shape, self.dtype or dtype)

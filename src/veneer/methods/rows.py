@@ -19,6 +19,7 @@ class Rows(Method):
     ids: distinct row numbers, at least 0. dtype: as for LoRA.
     """
 
+    additive = False
     ids: tuple[int, ...]
     dtype: torch.dtype | None = None
 
