@@ -56,7 +56,7 @@ class Collator:
 
     def __call__(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         for one in batch:
-            if not any(label != IGNORED for label in one.labels[1:]):
+            if not one.trained_tokens:
                 raise EmptyMaskError(f"{one.place}: the loss mask is empty; its tokens: {one.input_ids[:50]}")
         return {
             "input_ids": _pad([e.input_ids for e in batch], self.pad_id),

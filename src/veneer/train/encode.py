@@ -26,7 +26,10 @@ class EmptyMaskError(DataError):
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """`input_ids` and `labels` have one length; a label is the token's own id, or -100 where no loss is taken."""
+    """`input_ids` and `labels` have one length; a label is the token's own id, or -100 where no loss is taken.
+
+    The first token is predicted from nothing, so it never carries loss.
+    """
 
     place: str
     input_ids: list[int]
@@ -84,7 +87,7 @@ class Encoder:
         else:  # nothing after the last answer teaches anything
             last = max((i for i, label in enumerate(labels) if label != IGNORED), default=len(labels) - 1)
             ids, labels = ids[: last + 1], labels[: last + 1]
-        one = Encoded(place=example.place, input_ids=ids, labels=labels)
+        one = Encoded(place=example.place, input_ids=ids, labels=[IGNORED, *labels[1:]])
         self._check_mask(one, one)
         return one
 
@@ -198,8 +201,7 @@ class Encoder:
         return short
 
     def _check_mask(self, one: Encoded, whole: Encoded) -> None:
-        # the first token is never predicted, so a label there is no loss
-        if any(label != IGNORED for label in one.labels[1:]):
+        if one.trained_tokens:
             return
         shown = self.tokenizer.decode(whole.input_ids[:200])
         if len(one) < len(whole):
