@@ -76,16 +76,16 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
     p = terms[0].dropout
     flat = x.reshape(-1, x.shape[-1])
     dropped = Dropped(p, flat.shape, flat.device) if p else None
-    scale = 1.0 if dropped is None else dropped.scale
-    A = torch.cat([t.A for t in terms]) if len(terms) > 1 else terms[0].A
-    parts = [t.B if t.scale * scale == 1 else t.B * (t.scale * scale) for t in terms]
-    B = torch.cat(parts, dim=1) if len(terms) > 1 else parts[0]
-    gain = terms[0].gain
+    A, B, scale = terms[0].A, terms[0].B, terms[0].scale
+    if len(terms) > 1:
+        A, scale = torch.cat([t.A for t in terms]), 1.0
+        B = torch.cat([t.B * t.scale for t in terms], dim=1)
+    if dropped is not None:
+        scale *= dropped.scale
     for term in terms:
         if term.bias is not None and term.rows is None:
             bias = term.bias.to(x.dtype) if bias is None else bias + term.bias.to(bias.dtype)
-    y = FusedLinear.apply(flat, weight, bias, A.to(x.dtype), B.to(x.dtype),
-                          None if gain is None else gain - 1, _row_mask(x, terms), dropped)
+    y = FusedLinear.apply(flat, weight, bias, A, B, terms[0].gain, _row_mask(x, terms), dropped, scale)
     y = y.view(*x.shape[:-1], weight.shape[0])
     for term in terms:
         if term.bias is not None and term.rows is not None:

@@ -1,7 +1,7 @@
 """The fused op: base product and low-rank product of one linear layer in one autograd Function.
 
 What makes it cheap: the rank-r product is written first and the large product accumulates on it, forward
-and backward, so no full-size addition or scaling happens anywhere; S = x Aᵀ (rows × r) is the only
+and backward, so no full-size addition or scaling happens anywhere; S = s·x Aᵀ (rows × r) is the only
 activation saved besides x, which the base layer's own backward would not need but A's gradient does.
 """
 
@@ -13,41 +13,37 @@ import torch
 from torch import Tensor
 
 from veneer.method import VeneerError
+from veneer.ops import gain as row_gain
 from veneer.ops.dropout import Dropped
 
 
 class FusedLinear(torch.autograd.Function):
-    """y = g ∘ (x Wᵀ + mask(drop(x) Aᵀ) Bᵀ) + bias, with g = 1 + gain_1.
+    """y = g ∘ (x Wᵀ + mask(s·drop(x) Aᵀ) Bᵀ) + bias.
 
-    x (m, in), weight (out, in), bias (out,) or None, A (r, in), B (out, r) with the scale already in it,
-    gain_1 (out,) in fp32 or wider or None, row_mask (m, r) or None, dropped or None. Everything but gain_1
-    and weight, bias under autocast has x's dtype; those are cast here, so no cast copy of W is ever saved.
+    x (m, in), weight (out, in), bias (out,) or None, A (r, in), B (out, r), gain (out,) in fp32 or wider or
+    None, row_mask (m, r) or None, dropped or None, scale s. All of it runs in x's dtype: the other tensors are
+    cast here, forward and backward, so that neither a cast copy of W nor one of the adapter is ever kept.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
-                gain_1: Tensor | None, row_mask: Tensor | None, dropped: Dropped | None) -> Tensor:
-        base = weight.to(x.dtype)
+                gain: Tensor | None, row_mask: Tensor | None, dropped: Dropped | None, scale: float) -> Tensor:
         inner = x if dropped is None else dropped.apply(x)
-        S = inner @ A.mT
+        S = inner @ A.to(x.dtype).mT
         del inner  # its memory serves y: on a CPU, fresh pages cost more than the small products
+        if scale != 1:
+            S.mul_(scale)
         if row_mask is not None:
             S.mul_(row_mask)
-        if bias is None:
-            y = S @ B.mT
-        else:
-            y = torch.addmm(bias.to(x.dtype), S, B.mT)
-        y.addmm_(x, base.mT)
+        low = B.to(x.dtype).mT
+        y = S @ low if bias is None else torch.addmm(bias.to(x.dtype), S, low)
+        y.addmm_(x, weight.to(x.dtype).mT)
         total = None
-        if gain_1 is not None:
+        if gain is not None:
             total = y
-            factor = gain_1.to(x.dtype)
-            # t + t·(g − 1): a 16-bit g close to 1 would round away what the gain was trained for.
-            y = torch.addcmul(total, total, factor)
-            if bias is not None:
-                y.sub_(bias.to(x.dtype) * factor)
-        ctx.dropped = dropped
-        ctx.save_for_backward(x, weight, bias, A, B, S, gain_1, row_mask, total)
+            y = row_gain.forward(total, gain, None if bias is None else bias.to(gain.dtype) * (1 - gain))
+        ctx.dropped, ctx.scale = dropped, scale
+        ctx.save_for_backward(x, weight, bias, A, B, S, gain, row_mask, total)
         return y
 
     @staticmethod
@@ -55,36 +51,44 @@ class FusedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise VeneerError("the fused linear op has first derivatives only, and create_graph=True asks for "
                               "more; run the forward inside `with veneer.ops.use('reference'):`")
-        x, weight, bias, A, B, S, gain_1, row_mask, total = ctx.saved_tensors
+        x, weight, bias, A, B, S, gain, row_mask, total = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, need_gain = ctx.needs_input_grad[:6]
         dy = grads[0]
-        d_gain = d_bias = d_x = d_A = d_B = d_weight = product = None
+        d_gain = d_bias = d_x = d_A = d_B = d_weight = None
         if need_bias or (need_gain and bias is not None):
             d_bias = dy.sum(0)
-        if gain_1 is not None:
-            if need_gain:
-                # Not sum(dtype=…), which would widen the whole product first; the sum accumulates wide anyway.
-                product = dy * total
-                d_gain = product.sum(0).to(gain_1.dtype)
-                if bias is not None:
-                    d_gain -= d_bias * bias
-            dy = torch.addcmul(dy, dy, gain_1.to(dy.dtype), out=product)
-        dropped = ctx.dropped
+        if gain is not None:
+            dy, d_gain = row_gain.backward(dy, total, gain, need_gain)
+            if d_gain is not None and bias is not None:
+                d_gain -= d_bias * bias
         if need_x or need_A:
-            dS = dy @ B
-            if row_mask is not None:
-                dS.mul_(row_mask)
-            inner = None
-            if need_A:
-                inner = x if dropped is None else dropped.apply(x)
-                d_A = dS.mT @ inner
-            if need_x:
-                d_x = torch.mm(dS, A, out=None if dropped is None else inner)
-                if dropped is not None:
-                    dropped.zero_(d_x)
-                d_x.addmm_(dy, weight.to(dy.dtype))
+            d_x, d_A = _small_side(ctx, dy, x, A, B, row_mask, need_x, need_A)
+        if need_x:
+            d_x.addmm_(dy, weight.to(dy.dtype))
         if need_B:
-            d_B = (S.mT @ dy).mT
+            d_B = (S.mT @ dy).mT.to(B.dtype)
         if need_weight:
             d_weight = (dy.mT @ x).to(weight.dtype)
-        return d_x, d_weight, d_bias if need_bias else None, d_A, d_B, d_gain, None, None
+        if need_bias:
+            d_bias = d_bias.to(bias.dtype)
+        return d_x, d_weight, d_bias if need_bias else None, d_A, d_B, d_gain, None, None, None
+
+
+def _small_side(ctx: Any, dy: Tensor, x: Tensor, A: Tensor, B: Tensor, row_mask: Tensor | None,
+                need_x: bool, need_A: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The adapter's part of dx (on which the base's accumulates), and dA."""
+    dropped: Dropped | None = ctx.dropped
+    dS = dy @ B.to(dy.dtype)
+    if ctx.scale != 1:
+        dS.mul_(ctx.scale)
+    if row_mask is not None:
+        dS.mul_(row_mask)
+    d_x = d_A = inner = None
+    if need_A:
+        inner = x if dropped is None else dropped.apply(x)
+        d_A = (dS.mT @ inner).to(A.dtype)
+    if need_x:
+        d_x = torch.mm(dS, A.to(dy.dtype), out=None if dropped is None else inner)
+        if dropped is not None:
+            dropped.zero_(d_x)
+    return d_x, d_A
