@@ -54,7 +54,10 @@ class FusedLinear(torch.autograd.Function):
         x, weight, bias, A, B, S, gain, row_mask, total = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, need_gain = ctx.needs_input_grad[:6]
         dy = grads[0]
-        d_gain = d_bias = d_x = d_A = d_B = d_weight = None
+        d_gain: Tensor | None = None
+        d_bias: Tensor | None = None
+        d_x: Tensor | None = None
+        d_A = d_B = d_weight = None
         if need_bias or (need_gain and bias is not None):
             d_bias = dy.sum(0)
         if gain is not None:
@@ -63,15 +66,14 @@ class FusedLinear(torch.autograd.Function):
                 d_gain -= d_bias * bias
         if need_x or need_A:
             d_x, d_A = _small_side(ctx, dy, x, A, B, row_mask, need_x, need_A)
-        if need_x:
+        if d_x is not None:
             d_x.addmm_(dy, weight.to(dy.dtype))
         if need_B:
             d_B = (S.mT @ dy).mT.to(B.dtype)
         if need_weight:
             d_weight = (dy.mT @ x).to(weight.dtype)
-        if need_bias:
-            d_bias = d_bias.to(bias.dtype)
-        return d_x, d_weight, d_bias if need_bias else None, d_A, d_B, d_gain, None, None, None
+        d_bias = d_bias.to(bias.dtype) if need_bias and d_bias is not None else None
+        return d_x, d_weight, d_bias, d_A, d_B, d_gain, None, None, None
 
 
 def _small_side(ctx: Any, dy: Tensor, x: Tensor, A: Tensor, B: Tensor, row_mask: Tensor | None,
