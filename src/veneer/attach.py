@@ -51,7 +51,10 @@ def attached(model: nn.Module, name: str) -> list[Attached]:
             if isinstance(place.module, Host) and name in place.module.adapters:
                 slots = place.module.adapters[name]
                 if place.param in slots:  # type: ignore[operator]
-                    found.append(Attached(weight, slots[place.param]))  # type: ignore[index]
+                    adapter = slots[place.param]  # type: ignore[index]
+                    if adapter.pending:  # whoever asks for adapters reads their values
+                        place.module.finish(place.param, adapter)
+                    found.append(Attached(weight, adapter))
                     break
     return found
 
@@ -105,7 +108,7 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
 
 
 def _check_name(model: nn.Module, name: str) -> None:
-    if not isinstance(name, str) or not name or "." in name or name in dir(nn.ModuleDict):
+    if not isinstance(name, str) or not name or "." in name or name in dir(nn.ModuleDict()):
         raise VeneerError(f"an adapter name must be a non-empty string without dots that is no attribute of "
                           f"nn.ModuleDict, got {name!r}")
     if name in adapter_names(model):
