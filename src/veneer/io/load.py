@@ -109,7 +109,8 @@ def _as_planned(records: list[Record], plan: Mapping[str, Method]) -> list[Recor
 
 def _check(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str]]:
     """The records that fit the base whole, and what is wrong with the others."""
-    good, problems = [], []
+    good: list[Record] = []
+    problems: list[str] = []
     for record in records:
         site = base.sites.get(record.name)
         if site is None:

@@ -83,7 +83,7 @@ def _write(path: Path, records: list[Record], base: BaseMap, print_: Fingerprint
     text = manifest.to_json()
     meta = {"format": "pt", META_MANIFEST: text, META_BASE: json.dumps(print_.to_dict(), separators=(",", ":"))}
     files: list[tuple[str, Callable[[IO[bytes]], None]]] = []
-    hide, drop = [], [PEFT_TENSORS, PEFT_CONFIG]
+    hide, drop = [], [PEFT_CONFIG, PEFT_TENSORS]  # the config first: without it PEFT loads nothing
     if config is not None:
         meta[META_CONFIG] = json.dumps(config, indent=2)
         hide, drop = _stale_config(path, meta[META_CONFIG]), [NATIVE_TENSORS]

@@ -18,6 +18,9 @@ from veneer.io.records import BaseMap, Record, Site, near
 from veneer.method import Method, VeneerError
 from veneer.methods import DoRA, Full, LoRA, Rows
 
+_MATRIX_PARTS = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias",
+                 "magnitude": "lora_magnitude_vector"}
+_EMBEDDING_PARTS = {"A": "lora_embedding_B", "B": "lora_embedding_A"}
 _LORA_KEY = re.compile(r"(?P<path>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
                        r"lora_magnitude_vector)(?P<tail>\.weight|\.bias|)")
 _TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -42,9 +45,19 @@ class Reading:
 
     def put(self, site: Site, method: Method, part: str, tensor: Tensor, key: str) -> None:
         record = self.record(site, method)
-        name = f"inner.{part}" if isinstance(method, DoRA) and part != "magnitude" else part
+        name = _full_name(method, part)
         record.tensors[name] = tensor
         record.keys[name] = key
+
+    def expect(self, site: Site, method: Method, stem: str, parts: Mapping[str, str]) -> None:
+        """Under what keys the file should have the parts of a record, for the message when it has not."""
+        record = self.record(site, method)
+        for part, tail in parts.items():
+            record.keys.setdefault(_full_name(method, part), stem + tail)
+
+
+def _full_name(method: Method, part: str) -> str:
+    return f"inner.{part}" if isinstance(method, DoRA) and part != "magnitude" else part
 
 
 def decode(config: Mapping[str, Any], tensors: Mapping[str, Tensor],
@@ -89,7 +102,8 @@ def _read_low_rank(reading: Reading, key: str, path: str, part: str, tensor: Ten
         return
     site = reading.map.by_path.get(f"{module}.weight") or reading.map.by_path.get(f"{module}.in_proj_weight")
     if site is None:
-        reading.problems.append(f"unexpected: {key!r}: no module {module!r} here{near(module, reading.map.modules, reading.problems)}")
+        reading.problems.append(f"unexpected: {key!r}: no module {module!r} here"
+                                f"{near(module, reading.map.modules, reading.problems)}")
         return
     kind = next(spot.kind for spot in site.spots if spot.module == module)
     named = module.removesuffix(".out_proj") if kind == "out_proj" else module  # PEFT knows both by the parent
@@ -109,6 +123,7 @@ def _put(reading: Reading, site: Site, kind: str, method: Method, part: str, ten
     inner = method.inner if isinstance(method, DoRA) else method
     assert isinstance(inner, LoRA)
     shape = site.layout.shape
+    reading.expect(site, method, key.removesuffix(part), _EMBEDDING_PARTS if kind == "embedding" else _MATRIX_PARTS)
     if part == "lora_embedding_A" and kind == "embedding":
         reading.put(site, method, "B", tensor.mT, key)
     elif part == "lora_embedding_B" and kind == "embedding":
@@ -181,6 +196,7 @@ def _read_parameter(reading: Reading, key: str, site: Site, part: str, tensor: T
     assert isinstance(method, LoRA)
     batch = site.layout.shape.batch
     experts = batch[0] if batch else 1
+    reading.expect(site, method, key.removesuffix(part), _MATRIX_PARTS)
     if part == "lora_A.weight":
         fits = tensor.dim() == 2 and tensor.shape[0] % experts == 0
         value = tensor.reshape(*batch, -1, tensor.shape[-1]) if fits else tensor
