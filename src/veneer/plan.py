@@ -333,11 +333,11 @@ def _count(weight: Weight, method: Method) -> int:
 
 
 def _uneven(weights: list[Weight], chosen: set[Weight], excluded: set[Weight]) -> list[str]:
-    """Like-named weights (equal but for numbers) of which some are adapted and some were just not hit."""
+    """Like-named weights (equal but for the numbers between dots) of which some are adapted and some were just not hit."""
     groups: dict[str, list[Weight]] = defaultdict(list)
     for weight in weights:
         if weight not in excluded and not weight.layout.shape.is_vector:
-            groups[re.sub(r"\d+", "#", weight.name)].append(weight)
+            groups[re.sub(r"(?<![^.])\d+(?![^.])", "#", weight.name)].append(weight)
     texts = []
     for name, group in groups.items():
         missed = [w for w in group if w not in chosen]
