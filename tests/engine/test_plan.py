@@ -160,6 +160,11 @@ def test_uneven_coverage_is_warned_of():
     veneer.plan(model, {"*.q_proj": LoRA(), "layers.1.q_proj": None})  # meant: an error here would be a warning
 
 
+def test_weights_whose_own_names_end_in_a_number_are_not_alike():
+    layer = nn.ModuleDict({"fc1": nn.Linear(2, 2), "fc2": nn.Linear(2, 2)})
+    assert list(chosen(layer, {"fc1": LoRA()})) == ["fc1"]  # a warning here would be an error
+
+
 def test_warnings_tell_of_the_caller():
     with pytest.warns(VeneerWarning) as caught:
         veneer.plan(Net(), {"layers.0.q_proj": LoRA()})
