@@ -334,7 +334,7 @@ granite hammer harvest helmet hollow honey hunter island jacket jungle kettle la
 marble market meadow mirror monkey morning mountain museum needle ocean orange orchid oyster paddle palace panther paper
 pebble pepper pillow planet pocket pony puzzle quarry rabbit ribbon river rocket saddle sailor shadow shelter shoulder
 silver spider spirit station stone summer sunset temple thunder ticket timber tower tunnel turtle valley velvet village
-violet walnut whisper willow window winter wizard wonder yellow zebra""".split()
+violet walnut whisper willow window winter wizard wonder yellow zebra""".split()  # noqa: SIM905
 
 OPENINGS = (
     ["", "", "", "", "please ", "hey, ", "can you ", "could you please ", "hi, ", "ok, ", "quick: ",

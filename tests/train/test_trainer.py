@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +154,22 @@ def test_other_methods_and_rules(project: Path) -> None:
     assert "rules:" in text
     found = train("output.check_reload=true", "output.check_merge=true")
     assert [(check.name, check.passed) for check in found.checks] == [("reload", True), ("merge", True)]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_step_as_one(project: Path) -> None:
+    """DDP over gloo: the batch of each process is half of the single process's batch."""
+    options = [*QUIET, "training.optimizer=sgd", "training.learning_rate=0.5", "training.max_grad_norm=0",
+               "training.save_every=2"]  # fmt: skip
+    sets = [part for option in options for part in ("--set", option)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "veneer.train.cli"]
+    command = [*launch, "train", "config.yaml", *sets, "--set", "training.batch_size=4", "--set", "output.directory=two"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Held out after training") == 1, "only the first process prints"
+    single = run.train(load_settings("config.yaml", [*options, "training.batch_size=8", "output.directory=one"]))
+    first, second = tensors("one/adapter"), tensors("two/adapter")
+    for key, value in first.items():
+        torch.testing.assert_close(value, second[key], rtol=1e-4, atol=1e-6)
+    rows = [json.loads(line) for line in Path("two/metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in single.metrics], rel=1e-4)

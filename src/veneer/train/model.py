@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,17 @@ def load_model(settings: ModelSettings, like: Loaded | None = None) -> Loaded:
     if settings.name.endswith(".gguf"):
         return _load_gguf(Path(settings.name).expanduser(), settings, like)
     return _load_hub(settings, like)
+
+
+def pick_device() -> torch.device:
+    """The accelerator of this process (the one of its local rank under torchrun), else the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    found = torch.accelerator.current_accelerator()
+    kind = found.type if found is not None else "cpu"
+    if torch.accelerator.device_count() < 2:
+        return torch.device(kind)
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def load_skeleton(settings: ModelSettings) -> nn.Module:

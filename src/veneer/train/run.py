@@ -19,6 +19,7 @@ from veneer.train.evaluate import Evaluation, evaluate
 from veneer.train.extras import require
 from veneer.train.forms import Example
 from veneer.train.job import Job, prepare, show_dry_run, show_plan
+from veneer.train.model import pick_device
 from veneer.train.report import Results, comparison, samples, write_report, write_results
 from veneer.train.schema import ConfigError
 from veneer.train.settings import Settings
@@ -98,6 +99,7 @@ def _run(job: Job, checkpoint: str | None) -> Results:
         title=f"{job.settings.model.name}: {len(job.train)} examples",
         settings=settings.source, plan=str(job.plan), samples=settings.evaluation.samples,
     )  # fmt: skip
+    job.model.to(pick_device())
     job.console.heading("Before training")
     results.before = _evaluate(job, "before training")
     veneer.attach(job.model, job.plan, name=settings.adapter.name, seed=settings.adapter.seed)

@@ -18,7 +18,7 @@ from veneer.method import VeneerError
 from veneer.train.encode import Encoder
 from veneer.train.extras import require
 from veneer.train.forms import Example
-from veneer.train.model import load_model
+from veneer.train.model import load_model, pick_device
 from veneer.train.schema import build
 from veneer.train.settings import ModelSettings
 
@@ -82,8 +82,7 @@ class Chat:
         self.adapted = arguments.adapter is not None
         if arguments.adapter is not None:
             veneer.load(self.model, arguments.adapter, name=_NAME)
-        if torch.cuda.is_available():
-            self.model.to("cuda")
+        self.model.to(pick_device())
         self.has_adapter = self.adapted
 
     def answer(self, text: str, streamer: Any = None) -> str:

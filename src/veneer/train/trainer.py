@@ -72,7 +72,9 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # said aloud: else several CPU processes train side by side
         **{checkpointing: training.gradient_checkpointing},
     )
     # one process drives one device: replicas made by DataParallel would not share the adapters' route. Several GPUs
