@@ -333,7 +333,7 @@ def _count(weight: Weight, method: Method) -> int:
 
 
 def _uneven(weights: list[Weight], chosen: set[Weight], excluded: set[Weight]) -> list[str]:
-    """Like-named weights (equal but for the numbers between dots) of which some are adapted and some were just not hit."""
+    """Like-named weights (equal but for numbers between dots) of which some are adapted and some just not hit."""
     groups: dict[str, list[Weight]] = defaultdict(list)
     for weight in weights:
         if weight not in excluded and not weight.layout.shape.is_vector:
