@@ -235,8 +235,30 @@ def test_base_weights_that_a_file_carries(saved):
         tensors["base_model.model.lm_head.weight"] = torch.zeros(41, 32)
 
     assert veneer.load(fresh("llama"), bare(saved, same)).problems == ()
-    assert "the file carries base weight 'lm_head.weight' (41, 32), and this model's ((40, 32)) is not the same" \
+    assert "the file carries base weight 'lm_head.weight' (41, 32), and this model's (40, 32) is not the same" \
         in refused(bare(saved, other))
+
+
+def test_a_resized_vocabulary_in_a_file_of_peft(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    fresh("llama").save_pretrained(tmp_path / "base")
+    grown = []
+    for seed in (1, 2):  # the new rows are random on each side
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(44)
+        grown.append(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(grown[0], peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+        theirs.save_pretrained(str(tmp_path / "adapter"))
+    ids = torch.arange(44).reshape(4, 11)
+    report = veneer.load(grown[1], tmp_path / "adapter")
+    assert "with 4 rows of its own (a resized vocabulary)" in str(report)
+    with torch.no_grad():
+        assert torch.allclose(grown[1](ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-6)
+    assert "(44, 32), and this model's (40, 32) is not the same; load or resize the base first" in refused(
+        tmp_path / "adapter")
 
 
 def test_tied_weights_that_peft_adapts_in_one_place(tmp_path):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from veneer.hosts import Host
+from veneer.io.wrapped import is_sharded
 from veneer.method import Method, parse_dtype
 from veneer.methods import Full, Rows
 from veneer.plan import Weight
@@ -55,6 +56,11 @@ class Fingerprint:
         weights = {name: [list(s.shape), s.dtype, _encode(s.values)] for name, s in self.samples.items()}
         return {"count": self.count, "rows": {k: list(v) for k, v in self.rows.items()}, "weights": weights}
 
+    def unknown(self, methods: Mapping[str, Method]) -> int:
+        """How many weights that matter could not be sampled: merged for good, on meta, or sharded."""
+        return sum(sample.values is None and not isinstance(methods.get(name), Full)
+                   for name, sample in self.samples.items())
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
         found = cls(int(data["count"]), {k: tuple(v) for k, v in data["rows"].items()})
@@ -85,24 +91,12 @@ def compare(saved: Fingerprint, weights: list[Weight]) -> list[str]:
         now = _sample(here[name], saved.count, saved.rows.get(name, ()), then.values is None)
         if now.shape != then.shape:
             out.append(f"base weight {name!r} is {now.shape} here and was {then.shape}")
-        elif not _same(then.values, now.values):
+        elif not same_values(then.values, now.values):
             out.append(f"base weight {name!r} has other values than the one this adapter was trained on")
     return out
 
 
-def differing(carried: Mapping[str, Tensor], weights: list[Weight]) -> list[str]:
-    """Base weights that a file brings along (by parameter path) and that are not this base's own."""
-    here = {place.names[-1]: weight for weight in weights for place in weight.places}
-    out = []
-    for path, tensor in carried.items():
-        own = _original(here[path])
-        if own is not None and (own.shape != tensor.shape or not _same(tensor, own.detach().cpu())):
-            out.append(f"another base model: the file carries base weight {path!r} {tuple(tensor.shape)}, and this "
-                       f"model's ({tuple(own.shape)}) is not the same; load or resize the base first")
-    return out
-
-
-def _original(weight: Weight) -> Tensor | None:
+def original(weight: Weight) -> Tensor | None:
     """The base's own values, also while something is merged into them; None when they are gone."""
     for place in weight.places:
         module = place.module
@@ -118,9 +112,9 @@ def _original(weight: Weight) -> Tensor | None:
 
 @torch.no_grad()
 def _sample(weight: Weight, count: int, but_rows: tuple[int, ...], skip: bool) -> Sample:
-    tensor = _original(weight)
+    tensor = original(weight)
     shape, dtype = tuple(weight.tensor.shape), str(weight.tensor.dtype).removeprefix("torch.")
-    if skip or tensor is None or tensor.is_meta or not tensor.numel():
+    if skip or tensor is None or tensor.is_meta or not tensor.numel() or is_sharded(tensor):
         return Sample(shape, dtype, None)
     at = [i for i in _positions(tensor.numel(), count) if not but_rows or i // tensor[0].numel() not in but_rows]
     index = torch.tensor(at, dtype=torch.int64, device=tensor.device)
@@ -134,7 +128,8 @@ def _positions(size: int, count: int) -> list[int]:
     return sorted({(i * 0x9E3779B1 % 2**32) * size >> 32 for i in range(min(count, size))})
 
 
-def _same(then: Tensor | None, now: Tensor | None) -> bool:
+def same_values(then: Tensor | None, now: Tensor | None) -> bool:
+    """Equal bits, or equal after rounding to the narrower of two dtypes."""
     if then is None or now is None:
         return True
     if then.dtype == now.dtype:

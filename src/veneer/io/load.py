@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from veneer.attach import adapter_names, attach, attached, hosts
 from veneer.io import native, store
+from veneer.io.carried import reconcile
 from veneer.io.dialects import hf
-from veneer.io.fingerprint import compare, differing
+from veneer.io.fingerprint import compare
 from veneer.io.records import SHOWN, BaseMap, Record, base_map, base_weights, expected_tensors, near
+from veneer.io.wrapped import spread_like, unwrap
 from veneer.method import Method, VeneerError, method_to_dict, nearest
 from veneer.plan import Weight, resolve
 
@@ -54,6 +56,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     weights that are whole are loaded. Never touches the network; pickle files only with `allow_pickle`, and
     then only tensors out of them.
     """
+    model = unwrap(model)
     stored = store.read(path, allow_pickle)
     weights = base_weights(model)
     base = base_map(model, weights)
@@ -91,8 +94,10 @@ def _decode(stored: store.Stored, base: BaseMap, weights: list[Weight]) -> tuple
         return records, [_unexpected(key, plan) for key in unknown]
     assert stored.config is not None
     reading = hf.decode(stored.config, stored.tensors, base)
-    records, problems = list(reading.records.values()), reading.problems + differing(reading.base, weights)
-    stored.notes += reading.notes
+    rows, problems, notes = reconcile(reading.base, weights, set(reading.records))
+    records = [*reading.records.values(), *rows]
+    problems = reading.problems + problems
+    stored.notes += reading.notes + notes
     if plan:
         records = _as_planned(records, plan)
     return records, problems
@@ -223,7 +228,8 @@ def _fill(model: nn.Module, name: str, records: list[Record]) -> int:
     filled = 0
     for weight, adapter in attached(model, name):
         if weight.name in tensors:
-            adapter.load_state_dict(tensors[weight.name])
+            own = adapter.state_dict()
+            adapter.load_state_dict({k: spread_like(t, own[k]) for k, t in tensors[weight.name].items()})
             adapter.pending = False
             filled += 1
     return filled

@@ -19,6 +19,7 @@ from veneer.hosts.attention import AttentionHost, OutProjHost
 from veneer.hosts.conv import ConvHost
 from veneer.hosts.embedding import EmbeddingHost
 from veneer.hosts.linear import Conv1DHost, LinearHost
+from veneer.io.wrapped import whole
 from veneer.method import Method, VeneerError, nearest
 from veneer.plan import Place, Weight, base_modules, scan
 
@@ -121,7 +122,7 @@ def records_of(model: nn.Module, name: str) -> list[Record]:
             raise VeneerError(f"save: the adapter of {weight.name!r} is on the meta device and has no values yet; "
                               "call model.to_empty(device=...) and load the base weights first")
         assert adapter.method is not None
-        tensors = {key: value.detach() for key, value in adapter.state_dict().items()}
+        tensors = {key: whole(value.detach()) for key, value in adapter.state_dict().items()}
         found.append(Record(weight.name, adapter.method, tensors))
     return found
 

@@ -21,6 +21,7 @@ from veneer.io.manifest import META_BASE, META_CONFIG, META_MANIFEST, Manifest
 from veneer.io.records import BaseMap, Record, base_map, base_weights, records_of
 from veneer.io.store import MANIFEST, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, generation
 from veneer.io.tensors import content_hash, read_metadata, write_tensors
+from veneer.io.wrapped import unwrap
 from veneer.method import VeneerError, nearest
 
 
@@ -54,6 +55,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> SaveRepor
 
     Raises `VeneerError` for an unknown name, an adapter without values (meta device), or a write that failed.
     """
+    model = unwrap(model)
     present = adapter_names(model)
     if name not in present:
         raise VeneerError(f"save: no adapter named {name!r} on this model{nearest(str(name), present)} "
@@ -61,14 +63,18 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> SaveRepor
     records = records_of(model, name)
     weights = base_weights(model)
     base = base_map(model, weights)
-    print_ = fingerprint(weights, {r.name: r.method for r in records})
+    methods = {r.name: r.method for r in records}
+    print_ = fingerprint(weights, methods)
+    unknown = print_.unknown(methods)
+    notes = [f"{unknown} base weights could not be read (merged for good, on meta or sharded) and are not part of "
+             "the base's fingerprint"] if unknown else []
     seed = _seed(model, name)
     try:
-        config, tensors, notes = hf.encode(records, base)
-        return _write(Path(path), records, base, print_, seed, tensors, config, "", notes)
+        config, tensors, more = hf.encode(records, base)
+        return _write(Path(path), records, base, print_, seed, tensors, config, "", notes + more)
     except hf.Inexpressible as no:
         reason = str(no)
-    return _write(Path(path), records, base, print_, seed, native.encode(records), None, reason, [])
+    return _write(Path(path), records, base, print_, seed, native.encode(records), None, reason, notes)
 
 
 def _write(path: Path, records: list[Record], base: BaseMap, print_: Fingerprint, seed: int | None,

@@ -5,6 +5,7 @@ Names and defaults are those of `peft.LoraConfig` 0.21.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,9 +68,22 @@ def check(config: Mapping[str, Any]) -> dict[str, Any]:
         raise VeneerError(f"adapter_config.json: init_lora_weights={found['init_lora_weights']!r} changed the base "
                           "weights when training began, and this file is relative to the changed ones. Convert it with "
                           "PEFT: model.save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in found[key]:
+            _check_regex(key, pattern)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(found[key], str):
+            _check_regex(key, found[key])
     if found["bias"] not in ("none", "all", "lora_only"):
         raise VeneerError(f"adapter_config.json: bias={found['bias']!r}; possible: none, all, lora_only")
     return found
+
+
+def _check_regex(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise VeneerError(f"adapter_config.json: {key}: {pattern!r} is no regular expression: {error}") from None
 
 
 def method_for(config: Mapping[str, Any], name: str, dora: bool, bias: bool) -> Method:

@@ -1,0 +1,43 @@
+"""Models inside wrappers and tensors spread over processes, as the files see them: bare and whole."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, out of `torch.compile` and data-parallel wrappers, whose prefixes belong in no file."""
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and there once one is compiled
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif compiler is not None and isinstance(model, compiler.OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """A DTensor (FSDP2, tensor parallelism)."""
+    return _distributed() is not None and isinstance(tensor, _distributed().DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one gathered, for which every process must ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor spread as `like` is."""
+    if not is_sharded(like):
+        return tensor
+    there: Any = like
+    return _distributed().distribute_tensor(tensor.to(like.device), there.device_mesh, there.placements)
+
+
+def _distributed() -> Any:
+    # Where nothing has imported it there are no DTensors, and importing it takes half a second.
+    return sys.modules.get("torch.distributed.tensor")
