@@ -88,8 +88,9 @@ class DoRAAdapter(Adapter):
 
     def gain(self, weight: Tensor) -> Tensor:
         norm = self.row_norm(weight)
-        # A row of zeros stays a row of zeros whatever its gain.
-        return torch.where(norm > 0, self.magnitude / norm, torch.ones_like(norm))
+        # A row of zeros stays a row of zeros whatever its gain; dividing by its norm would give NaN gradients.
+        some, one = norm > 0, torch.ones_like(norm)
+        return torch.where(some, self.magnitude / torch.where(some, norm, one), one)
 
     def row_norm(self, weight: Tensor) -> Tensor:
         """‖W + ΔW‖ of every row (*batch, out), without gradient.
