@@ -45,14 +45,11 @@ class Shape:
     in_: int
     batch: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
+    is_vector: bool = False
 
     @property
     def matrix(self) -> tuple[int, ...]:
         return (*self.batch, self.out, self.in_)
-
-    @property
-    def is_vector(self) -> bool:
-        return self.in_ == 1 and not self.kernel
 
 
 class Factors(NamedTuple):

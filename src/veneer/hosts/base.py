@@ -33,7 +33,7 @@ class Layout:
         """The layout of a stored weight: vector, matrix (out, in), experts (E, out, in), convolution."""
         size = tuple(weight.shape)
         if len(size) <= 1:
-            shape = Shape(out=weight.numel(), in_=1)
+            shape = Shape(out=weight.numel(), in_=1, is_vector=True)
         elif kernel or len(size) > 3:
             shape = Shape(out=size[0], in_=weight[0].numel(), kernel=tuple(kernel) or size[2:])
         else:
