@@ -139,6 +139,11 @@ def test_vectors():
     assert set(chosen(model, {"*.up.bias": Full()})) == {f"layers.{i}.up.bias" for i in range(3)}
 
 
+def test_a_linear_of_one_input_is_a_matrix():
+    model = nn.ModuleDict({"time": nn.Linear(1, 6), "out": nn.Linear(6, 1)})
+    assert set(chosen(model, LoRA(rank=1))) == {"time", "out"}
+
+
 def test_full_takes_the_bias_along_unless_a_rule_speaks_of_it():
     model = Net()
     assert set(chosen(model, {"*.up": Full()})) == {f"layers.{i}.up{t}" for i in range(3) for t in ("", ".bias")}
