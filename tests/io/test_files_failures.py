@@ -79,6 +79,8 @@ def test_damaged_json(saved):
     bare(saved)
     (saved / "adapter_config.json").write_text('{"r": 8,')
     assert "adapter_config.json is not JSON" in refused(saved)
+    (saved / "adapter_config.json").write_bytes(b"\xff\xfe")
+    assert "adapter_config.json is not text" in refused(saved)
     (saved / "adapter_config.json").unlink()
     assert "adapter_model.safetensors has no adapter_config.json beside it" in refused(saved)
 
@@ -109,6 +111,18 @@ def test_newer_format(saved):
     with open(saved / "adapter_model.safetensors", "wb") as file:
         write_tensors(file, tensors, meta)
     assert "is of format version 2; this Veneer reads up to 1: upgrade veneer" in refused(saved)
+
+
+def test_a_damaged_adapter_can_be_replaced(saved):
+    tensors, meta = read_tensors(saved / "adapter_model.safetensors")
+    tensors = {k: t.clone() for k, t in tensors.items()}
+    meta["veneer.manifest"] = meta["veneer.manifest"].replace('"method": "lora"', '"method": "some method of mine"')
+    with open(saved / "adapter_model.safetensors", "wb") as file:
+        write_tensors(file, tensors, meta)
+    assert "unknown method 'some method of mine'" in refused(saved)
+    (saved / "adapter_config.json").write_bytes(b"\xff\xfe")
+    veneer.save(adapted(fresh("llama"), RULES), saved)
+    assert veneer.load(fresh("llama"), saved).problems == ()
 
 
 # -- another base -------------------------------------------------------------------------------------------
@@ -208,6 +222,7 @@ def test_another_rank_than_the_config_says(saved):
 
 
 @pytest.mark.parametrize(("key", "value", "says"), [
+    ("rank_pattern", {"q_proj(": 4}, "rank_pattern: 'q_proj(' is no regular expression"),
     ("use_qalora", True, "use_qalora=True is not supported: it pools the input of A"),
     ("layer_replication", [[0, 2]], "it repeats layers of the base"),
     ("alora_invocation_tokens", [1, 2], "the adapter is live only after certain tokens"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import veneer
 from veneer import DoRA, Full, LoRA, Rows
 from veneer.io.tensors import content_hash, read_tensors, write_tensors
+from veneer.method import VeneerError
 
 EVERYTHING = {"embed": Rows([3, 4]), "conv*": LoRA(rank=2, alpha=5), "block.*": DoRA(LoRA(rank=3)),
               "attention.*": LoRA(rank=2), "attention.*bias": None, "norm": Full(), "head": Full(), "head.bias": None}
@@ -123,6 +125,32 @@ def test_what_peft_cannot_say_is_native_and_says_why(case, tmp_path):
     other = fresh("mixed")
     veneer.load(other, tmp_path)
     assert torch.equal(outputs(other, "mixed"), outputs(model, "mixed"))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), Full(), Rows([1, 2])], ids=["lora", "full", "rows"])
+def test_a_tie_that_peft_does_not_know_of(method, tmp_path):
+    def tied():
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False))
+        model[2].weight = model[0].weight
+        return model
+
+    model = adapted(tied(), {"0": method, "1": LoRA(rank=2)})
+    report = veneer.save(model, tmp_path)
+    assert report.format == "native"
+    assert "the model's config does not say so (tie_word_embeddings)" in report.reason
+    other = tied()
+    veneer.load(other, tmp_path)
+    assert torch.equal(outputs(other, "mixed"), outputs(model, "mixed"))
+    assert other[2].weight is other[0].weight
+    peft = pytest.importorskip("peft")
+    if isinstance(method, Rows):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = peft.LoraConfig(target_modules=["1"], trainable_token_indices={"0": [1, 2]})
+            peft.get_peft_model(tied(), config).save_pretrained(str(tmp_path / "peft"))
+        with pytest.raises(VeneerError, match="'0' shares a tied weight here, and PEFT trained its rows alone"):
+            veneer.load(tied(), tmp_path / "peft")
 
 
 def test_convolutions_that_peft_computes_otherwise(tmp_path):

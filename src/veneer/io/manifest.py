@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from veneer.io.fingerprint import Fingerprint
@@ -69,7 +70,7 @@ def base_of(text: str) -> Fingerprint:
     return Fingerprint.from_dict(json.loads(text))
 
 
-def read_json(text: str, where: str) -> dict[str, Any]:
+def parse_json(text: str, where: str) -> dict[str, Any]:
     """A JSON object. Raises `VeneerError` naming `where` when it is none."""
     try:
         data = json.loads(text)
@@ -78,3 +79,16 @@ def read_json(text: str, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise VeneerError(f"{where} should hold a JSON object, not a {type(data).__name__}")
     return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    return parse_json(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises `VeneerError` for one that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise VeneerError(f"{path} is not text: {error}") from error

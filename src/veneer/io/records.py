@@ -69,6 +69,8 @@ class BaseMap:
     class_name: str = ""
     name_or_path: str | None = None
     is_causal_lm: bool = False
+    #: the module that transformers ties to the head, by the model's own config
+    tied_embedding: str | None = None
 
 
 @dataclass
@@ -107,9 +109,18 @@ def base_map(model: nn.Module, weights: list[Weight]) -> BaseMap:
     found.class_name = kind.__name__
     path = getattr(model, "name_or_path", None)
     found.name_or_path = path if isinstance(path, str) and path else None
+    found.tied_embedding = _tied_embedding(model)
     found.is_causal_lm = (("CausalLM" in kind.__name__ or "LMHead" in kind.__name__)
                           and callable(getattr(model, "prepare_inputs_for_generation", None)))
     return found
+
+
+def _tied_embedding(model: nn.Module) -> str | None:
+    ask = getattr(model, "get_input_embeddings", None)
+    if not callable(ask) or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return None
+    table = ask()
+    return next((name for name, module in model.named_modules() if module is table), None)
 
 
 def records_of(model: nn.Module, name: str) -> list[Record]:

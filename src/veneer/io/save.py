@@ -108,7 +108,7 @@ def _stale_config(path: Path, new: str) -> list[str]:
     right then.
     """
     config = path / PEFT_CONFIG
-    if not config.is_file() or config.read_text(encoding="utf-8") == new:
+    if not config.is_file() or config.read_bytes() == new.encode():
         return []
     tensors = path / PEFT_TENSORS
     return [PEFT_CONFIG] if tensors.is_file() and META_CONFIG in read_metadata(tensors) else []

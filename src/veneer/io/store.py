@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor
 
 from veneer.io.fingerprint import Fingerprint
-from veneer.io.manifest import META_BASE, META_CONFIG, META_MANIFEST, Manifest, base_of, read_json
+from veneer.io.manifest import (
+    META_BASE,
+    META_CONFIG,
+    META_MANIFEST,
+    Manifest,
+    base_of,
+    parse_json,
+    read_json,
+    read_text,
+)
 from veneer.io.tensors import content_hash, read_metadata, read_tensors
 from veneer.method import VeneerError
 
@@ -84,8 +94,9 @@ def generation(directory: Path) -> int:
 
 
 def _generation(file: Path) -> int:
-    text = read_metadata(file).get(META_MANIFEST)
-    return Manifest.from_json(text, str(file)).generation if text else 0
+    # Not by reading the whole manifest: a file that cannot be understood here can still be replaced.
+    found = re.search(r'"generation": (\d+)', read_metadata(file).get(META_MANIFEST, ""))
+    return int(found[1]) if found else 0
 
 
 def _newer(native: Path, peft: Path) -> Path:
@@ -109,11 +120,11 @@ def _embedded(file: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> S
         found.fingerprint = base_of(meta[META_BASE])
     if META_CONFIG not in meta:
         return found
-    found.config = read_json(meta[META_CONFIG], f"the config in {file}")
+    found.config = parse_json(meta[META_CONFIG], f"the config in {file}")
     config, beside = file.parent / PEFT_CONFIG, file.parent / MANIFEST
-    whole = beside.is_file() and beside.read_text(encoding="utf-8") == text  # else a save was cut off here
+    whole = beside.is_file() and beside.read_bytes() == text.encode()  # else a save was cut off here
     if whole and config.is_file():
-        edited = read_json(config.read_text(encoding="utf-8"), str(config))
+        edited = read_json(config)
         if edited != found.config:
             found.notes.append(f"{PEFT_CONFIG} was edited after the save; what it says was used")
             found.config = edited
@@ -123,7 +134,7 @@ def _embedded(file: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> S
 
 def _adopt(found: Stored, beside: Path) -> None:
     """A tensor file whose header has lost the manifest: the one beside it, if it is about these very tensors."""
-    manifest = Manifest.from_json(beside.read_text(encoding="utf-8"), str(beside))
+    manifest = Manifest.from_json(read_text(beside), str(beside))
     if content_hash(found.tensors) == manifest.tensors_sha256:
         found.manifest = manifest
         return
@@ -137,7 +148,7 @@ def _config_beside(file: Path) -> dict[str, Any]:
     if not config.is_file():
         raise VeneerError(f"{file.name} has no {PEFT_CONFIG} beside it in {file.parent}, and without it the scale of "
                           "an adapter is not known")
-    return read_json(config.read_text(encoding="utf-8"), str(config))
+    return read_json(config)
 
 
 def _read_pickle(file: Path, allow: bool) -> dict[str, Tensor]:

@@ -217,6 +217,9 @@ def _read_rows(reading: Reading, key: str, module: str, tensor: Tensor) -> None:
         reading.problems.append(f"unexpected: {key!r}: no module {module!r} with trainable_token_indices"
                                 f"{near(module, reading.map.modules, reading.problems)}")
         return
+    if len(site.spots) > 1 and module != reading.map.tied_embedding:
+        raise VeneerError(f"{module!r} shares a tied weight here, and PEFT trained its rows alone. Untie them first: give "
+                          "one a clone of the weight")
     reading.put(site, Rows(ids), "rows", tensor, key)
 
 

@@ -106,9 +106,7 @@ def _spots(draft: Draft, site: Site, record: Record) -> tuple[Spot, ...]:
         raise Inexpressible("PEFT up to 0.21 applies LoRA on the out_proj of nn.MultiheadAttention twice, so what it "
                             f"computes depends on its version ({site.name!r})")
     if len(site.spots) > 1:
-        if sorted(kinds) != ["embedding", "linear"] or dora:
-            raise Inexpressible(f"{site.name!r} is tied; PEFT ties only LoRA between an embedding and a linear head")
-        draft.tied = True
+        _tied(draft, site)
     if site.unusual:
         raise Inexpressible(f"{site.name!r} is a convolution with {site.unusual}, on which PEFT's LoRA is another "
                             "function")
@@ -196,20 +194,24 @@ def _full(draft: Draft, records: list[Record]) -> tuple[list[str], list[Record]]
         if modules[0] in base.buffered:
             raise Inexpressible(f"{modules[0]!r} has buffers, which modules_to_save would save too")
         if len(modules) > 1:
-            _tied_module(draft, site)
+            _tied(draft, site)
         saved += [module for module in modules[:1] if module not in saved]
         for spot in site.spots:  # PEFT's loader wants a tied weight under both names
             draft.tensors[PREFIX + spot.path] = site.layout.stored(record.tensors["weight"])
     return saved, biases
 
 
-def _tied_module(draft: Draft, site: Site) -> None:
-    if sorted(spot.kind for spot in site.spots) != ["embedding", "linear"] or site.spots[0].kind != "embedding":
-        raise Inexpressible(f"{site.name!r} is tied; PEFT ties modules_to_save only between an embedding and a head")
+def _tied(draft: Draft, site: Site) -> None:
+    """PEFT ties what it trains between the input embedding and a linear head, where the model's config says so."""
+    first, *others = site.spots
+    if (first.kind, [spot.kind for spot in others]) != ("embedding", ["linear"]):
+        raise Inexpressible(f"{site.name!r} is tied; PEFT keeps only an embedding and a head after it tied")
+    if first.module != draft.base.tied_embedding:
+        raise Inexpressible(f"{site.name!r} is tied, and the model's config does not say so (tie_word_embeddings): "
+                            "PEFT would untie it")
+    if f"{others[0].module}.bias" in draft.base.by_path:
+        raise Inexpressible(f"{others[0].module!r} is tied and has a bias, which PEFT's tied copy of it would lose")
     draft.tied = True
-    head = site.spots[1]
-    if f"{head.module}.bias" in draft.base.by_path:
-        raise Inexpressible(f"{head.module!r} is tied and has a bias; PEFT's tied copy of it would lose the bias")
 
 
 def _rows(draft: Draft, records: list[Record]) -> dict[str, list[int]]:
@@ -220,10 +222,8 @@ def _rows(draft: Draft, records: list[Record]) -> dict[str, list[int]]:
         if spot.kind not in ("embedding", "linear") or f"{spot.module}.bias" in draft.base.by_path:
             raise Inexpressible(f"PEFT trains rows only of embeddings and of linear layers without bias, not of "
                                 f"{record.name!r}")
-        if len(site.spots) > 1 and sorted(s.kind for s in site.spots) != ["embedding", "linear"]:
-            raise Inexpressible(f"{site.name!r} is tied; PEFT ties rows only between an embedding and a head")
-        if spot.kind == "linear" and len(site.spots) > 1:
-            raise Inexpressible(f"{site.name!r} is a head before its tied embedding, an order PEFT does not know")
+        if len(site.spots) > 1:
+            _tied(draft, site)
         found[spot.module] = list(method.ids)
         draft.tensors[f"{PREFIX}{spot.module}.token_adapter.trainable_tokens_delta"] = record.tensors["rows"]
     return found
