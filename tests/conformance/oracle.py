@@ -42,7 +42,8 @@ def inputs(host: HostCase, dtype: torch.dtype, rows: int = 5) -> Tensor:
     return x.to(dtype).requires_grad_() if x.is_floating_point() else x
 
 
-def adapt(model: nn.Module, method: MethodCase, host: HostCase, name: str = "default", randomise: bool = True) -> nn.Module:
+def adapt(model: nn.Module, method: MethodCase, host: HostCase, name: str = "default",
+          randomise: bool = True) -> nn.Module:
     veneer.attach(model, dict.fromkeys(host.patterns, method.method), name=name)
     if randomise:
         scatter(model, name)
