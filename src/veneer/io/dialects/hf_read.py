@@ -218,8 +218,8 @@ def _read_rows(reading: Reading, key: str, module: str, tensor: Tensor) -> None:
                                 f"{near(module, reading.map.modules, reading.problems)}")
         return
     if len(site.spots) > 1 and module != reading.map.tied_embedding:
-        raise VeneerError(f"{module!r} shares a tied weight here, and PEFT trained its rows alone. Untie them first: give "
-                          "one a clone of the weight")
+        raise VeneerError(f"{module!r} shares a tied weight here, and PEFT trained its rows alone. Untie them first: "
+                          "give one a clone of the weight")
     reading.put(site, Rows(ids), "rows", tensor, key)
 
 
