@@ -23,11 +23,18 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MethodCase:
-    """`dense` is the new weight (*batch, out, in) as a slow formula over the adapter's parameters by name."""
+    """`dense` is the new weight (*batch, out, in) as a slow formula over the adapter's parameters by name.
+
+    `dense_lookup` is the same for an embedding, where it differs because outputs are columns.
+    """
 
     name: str
     method: Method
     dense: Callable[[Tensor, Params], Tensor]
+    dense_lookup: Callable[[Tensor, Params], Tensor] | None = None
+
+    def formula(self, kind: str) -> Callable[[Tensor, Params], Tensor]:
+        return self.dense_lookup or self.dense if kind == "lookup" else self.dense
 
     @property
     def covers_bias(self) -> bool:
@@ -36,7 +43,7 @@ class MethodCase:
 
 @dataclass(frozen=True)
 class HostCase:
-    """`weights`: full parameter name → "plain" (…, out, in), "transposed" (…, in, out) or "conv" (out, in, *k).
+    """`weights`: full name → "plain" (…, out, in), "transposed" (…, in, out), "conv" (out, in, *k) or "lookup".
 
     `biases` are the vectors that a method covering biases takes along. `input` gives the model's input for a
     number of batch rows, which lie along `batch_dim` of input and output.
@@ -63,11 +70,11 @@ def _circulant(W: Tensor, p: Params) -> Tensor:
     return W + 0.5 * torch.stack(rows, dim=-2)
 
 
-def _dora(inner: Callable[[Tensor, Params], Tensor]) -> Callable[[Tensor, Params], Tensor]:
+def _dora(inner: Callable[[Tensor, Params], Tensor], dim: int = -1) -> Callable[[Tensor, Params], Tensor]:
     def dense(W: Tensor, p: Params) -> Tensor:
         V = inner(W, {k.removeprefix("inner."): v for k, v in p.items()})
-        norm = V.detach().pow(2).sum(-1, keepdim=True).sqrt()  # a constant for the gradient, paper §4.3
-        return p["magnitude"].unsqueeze(-1) * V / norm
+        norm = V.detach().pow(2).sum(dim, keepdim=True).sqrt()  # a constant for the gradient, paper §4.3
+        return p["magnitude"].unsqueeze(dim) * V / norm
 
     return dense
 
@@ -86,11 +93,11 @@ METHODS = [
     MethodCase("lora", LoRA(rank=3), _lora(1.0)),
     MethodCase("rslora", LoRA(rank=4, alpha=6, rank_stabilized=True), _lora(6 / math.sqrt(4))),
     MethodCase("lora-bias", LoRA(rank=3, alpha=1.5, bias=True), _lora(0.5)),
-    MethodCase("dora", DoRA(LoRA(rank=3)), _dora(_lora(1.0))),
+    MethodCase("dora", DoRA(LoRA(rank=3)), _dora(_lora(1.0)), _dora(_lora(1.0), dim=-2)),
     MethodCase("full", Full(), lambda W, p: p["weight"]),
     MethodCase("rows", Rows(ROWS), _rows),
     MethodCase("circulant", Circulant(scale=0.5), _circulant),
-    MethodCase("dora-circulant", DoRA(Circulant(scale=0.5)), _dora(_circulant)),
+    MethodCase("dora-circulant", DoRA(Circulant(scale=0.5)), _dora(_circulant), _dora(_circulant, dim=-2)),
 ]
 
 
@@ -109,7 +116,7 @@ def _ids(rows: int) -> Tensor:
 
 
 _W, _B = {"layer.weight": "plain"}, ("layer.bias",)
-_C = {"layer.weight": "conv"}
+_C, _L = {"layer.weight": "conv"}, {"layer.weight": "lookup"}
 _QKV = {"attn.q_proj_weight": "plain", "attn.k_proj_weight": "plain", "attn.v_proj_weight": "plain",
         "attn.out_proj.weight": "plain"}
 _IN = {"attn.in_proj_weight": "plain", "attn.out_proj.weight": "plain"}
@@ -135,9 +142,9 @@ HOSTS = [
              _vectors(4, 4, 5), _C, _B),
     HostCase("conv3d", lambda: models.Wrap(nn.Conv3d(2, 6, (2, 3, 1), padding=(1, 0, 0))),
              _vectors(2, 3, 4, 2), _C, _B),
-    HostCase("embedding", lambda: models.Wrap(nn.Embedding(models.VOCAB, 6)), _ids, _W),
-    HostCase("embedding-padding", lambda: models.Wrap(nn.Embedding(models.VOCAB, 6, padding_idx=1)), _ids, _W),
-    HostCase("tied", models.Tied, _ids, {"embed.weight": "plain"}),
+    HostCase("embedding", lambda: models.Wrap(nn.Embedding(models.VOCAB, 6)), _ids, _L),
+    HostCase("embedding-padding", lambda: models.Wrap(nn.Embedding(models.VOCAB, 6, padding_idx=1)), _ids, _L),
+    HostCase("tied", models.Tied, _ids, {"embed.weight": "lookup"}),
     HostCase("attention", lambda: models.Attention(batch_first=True), _vectors(3, 8), _IN, _OUT),
     HostCase("attention-seq-first", lambda: models.Attention(batch_first=False), _second(3, 8), _IN, _OUT, batch_dim=1),
     HostCase("attention-qkv", lambda: models.Attention(batch_first=True, kdim=5, vdim=7), _vectors(3, 8), _QKV, _OUT),

@@ -92,7 +92,7 @@ def dense_weights(base: nn.Module, method: MethodCase, host: HostCase, leaves: P
         mine = {key: value.to(wide) for key, value in parts(leaves, full, name).items()}
         assert mine, f"no adapter parameters for {full} among {list(leaves)}"
         added = mine.pop("bias", None)
-        found[full] = stored(method.dense(matrix(W.to(wide), kind), mine), kind, W).to(W.dtype)
+        found[full] = stored(method.formula(kind)(matrix(W.to(wide), kind), mine), kind, W).to(W.dtype)
         if added is not None:
             bias = full.removesuffix("weight") + "bias"
             old = base.get_parameter(bias).to(wide) if full.count(".") and bias in dict(base.named_parameters()) else 0

@@ -207,15 +207,12 @@ _SOME_HOSTS = ("linear", "conv2d", "embedding", "attention", "experts")
 
 
 def _compiled_cells():
-    """All cells in fp32 and bf16; in every run those that trace differently, the others (slow) in `make test-all`."""
+    """All cells in fp32 and bf16; bf16 for methods that are traced like another one only in `make test-all`."""
     cells = []
     for (method, host), name in zip(CELLS, _NAMES, strict=True):
-        for dtype in (torch.float32, torch.bfloat16):
-            quick = method.name not in ("rslora", "dora-circulant") if dtype == torch.float32 else (
-                method.name in ("lora", "dora", "full") and host.name in _SOME_HOSTS)
-            short = "fp32" if dtype == torch.float32 else "bf16"
-            cells.append(pytest.param(method, host, dtype, id=f"{short}-{name}",
-                                      marks=() if quick else pytest.mark.slow))
+        cells.append(pytest.param(method, host, torch.float32, id=f"fp32-{name}"))
+        slow = () if method.name in ("lora", "dora", "full") else pytest.mark.slow
+        cells.append(pytest.param(method, host, torch.bfloat16, id=f"bf16-{name}", marks=slow))
     return cells
 
 
