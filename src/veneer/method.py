@@ -38,7 +38,8 @@ class Shape:
     """A weight as a matrix of `out` rows and `in_` columns, `batch` of them for fused experts.
 
     A convolution is flattened to (out, in/groups · kernel) with its `kernel` size kept here; an embedding
-    is (vocabulary, width), as it is stored; a vector is (n, 1).
+    is (vocabulary, width), as it is stored; a vector is (n, 1). `lookup` marks an embedding: its rows are
+    looked up, so that what the layer puts out are the matrix's columns, not its rows.
     """
 
     out: int
@@ -46,6 +47,7 @@ class Shape:
     batch: tuple[int, ...] = ()
     kernel: tuple[int, ...] = ()
     is_vector: bool = False
+    lookup: bool = False
 
     @property
     def matrix(self) -> tuple[int, ...]:
@@ -105,7 +107,10 @@ class Adapter(nn.Module):
         return None
 
     def gain(self, weight: Tensor) -> Tensor | None:
-        """A factor (out,) for every row of W + ΔW, or None; fp32 or wider, since it lies close to 1."""
+        """A factor for every output of W + ΔW, or None; fp32 or wider, since it lies close to 1.
+
+        Outputs are rows (out,), or columns (in,) where `shape.lookup`.
+        """
         return None
 
     def bias_delta(self) -> Tensor | None:

@@ -303,7 +303,7 @@ def _tie(weight: Weight) -> str:
 def _check(weight: Weight, method: Method, pattern: str) -> None:
     storage_of(weight.tensor, weight.name)
     reason = method.refusal(weight.layout.shape)
-    if reason is None and any(p.layout != weight.layout for p in weight.places):
+    if reason is None and any(place.layout.turned(weight.layout) for place in weight.places):
         reason = f"{_tie(weight)} are one tensor but laid out differently"
     hosts = {place.host for place in weight.places}
     if reason is None and method.uses_input and not all(h.has_input for h in hosts):

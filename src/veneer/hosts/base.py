@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,8 @@ class Layout:
     transposed: bool = False
 
     @classmethod
-    def of(cls, weight: Tensor, *, transposed: bool = False, kernel: Sequence[int] = ()) -> Layout:
+    def of(cls, weight: Tensor, *, transposed: bool = False, kernel: Sequence[int] = (),
+           lookup: bool = False) -> Layout:
         """The layout of a stored weight: vector, matrix (out, in), experts (E, out, in), convolution."""
         size = tuple(weight.shape)
         if len(size) <= 1:
@@ -38,8 +39,13 @@ class Layout:
             shape = Shape(out=size[0], in_=weight[0].numel(), kernel=tuple(kernel) or size[2:])
         else:
             rows, columns = (size[-1], size[-2]) if transposed else size[-2:]
-            shape = Shape(out=rows, in_=columns, batch=size[:-2])
+            shape = Shape(out=rows, in_=columns, batch=size[:-2], lookup=lookup)
         return cls(shape, size, transposed)
+
+    def turned(self, other: Layout) -> bool:
+        """The same stored tensor is another matrix in `other`; an embedding and a head tied to it agree."""
+        same = replace(self.shape, lookup=False) == replace(other.shape, lookup=False)
+        return not same or self.transposed != other.transposed
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A view of the stored weight as (*batch, out, in)."""
@@ -73,6 +79,8 @@ class Host(nn.Module):
     has_input: ClassVar[bool] = True
     #: an adapter may add to the layer's output channels
     has_bias: ClassVar[bool] = True
+    #: the layer looks up rows of its weight, so that its outputs are columns
+    lookup: ClassVar[bool] = False
     #: counts as a linear weight for a rule that is a bare method
     is_linear: ClassVar[bool] = False
 
@@ -183,8 +191,11 @@ class Host(nn.Module):
         factors = adapter.factors()
         if factors is None:
             return None
+        gain = adapter.gain(weight)
+        if gain is not None and adapter.shape.lookup != self.lookup:
+            return None  # a gain over an embedding's columns is no gain over the outputs of the head tied to it
         return Term(factors.A, factors.B, factors.scale, adapter.dropout if self.training else 0.0,
-                    adapter.gain(weight), adapter.bias_delta(), rows)
+                    gain, adapter.bias_delta(), rows)
 
 
 def check_rows(route: Route, size: int) -> None:

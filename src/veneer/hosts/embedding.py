@@ -19,13 +19,14 @@ class EmbeddingHost(TensorHost):
     """y = W[ids]. The input is one-hot: dropping an input element drops the adapter for that token."""
 
     has_bias = False
+    lookup = True
 
     @classmethod
     def claims(cls, module: nn.Module) -> dict[str, Layout]:
         weight = module._parameters.get("weight")
         if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward or weight is None:
             return {}
-        return {"weight": Layout.of(weight)}
+        return {"weight": Layout.of(weight, lookup=True)}
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
@@ -40,8 +41,7 @@ class EmbeddingHost(TensorHost):
             added = low @ (term.scale * term.A).to(low.dtype)
             if term.dropout:
                 added = added * F.dropout(torch.ones(*x.shape, 1, dtype=added.dtype, device=x.device), term.dropout)
-            gain = None if term.gain is None else F.embedding(x, term.gain.unsqueeze(-1))
-            added = finish_term(added, base, None, term, gain)
+            added = finish_term(added, base, None, term, term.gain)
             if cast(Any, self).padding_idx is not None:  # the row of the padding is never trained, by no parameter
                 added = torch.where((x == cast(Any, self).padding_idx).unsqueeze(-1), added.detach(), added)
             y = y + (added if term.rows is None else added * row_factor(term.rows, added))

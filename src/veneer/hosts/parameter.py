@@ -28,7 +28,8 @@ class ParameterHost(Host):
     def claims(cls, module: nn.Module) -> dict[str, Layout]:
         # transformers' fused experts say by this attribute that they store (E, in, out).
         transposed = bool(getattr(module, "is_transposed", False))
-        return {name: Layout.of(param, transposed=transposed and param.dim() == 3)
+        table = isinstance(module, nn.Embedding)  # one with a forward of its own
+        return {name: Layout.of(param, transposed=transposed and param.dim() == 3, lookup=table and name == "weight")
                 for name, param in module._parameters.items() if param is not None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

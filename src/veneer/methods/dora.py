@@ -1,5 +1,5 @@
-"""DoRA: W' = (m / ‖W + ΔW‖_row) ∘ (W + ΔW), a trained length for every row (Liu et al. 2024,
-arXiv:2402.09353), around any additive method.
+"""DoRA: W' = (m / ‖W + ΔW‖_row) ∘ (W + ΔW), a trained length for every output (Liu et al. 2024,
+arXiv:2402.09353), around any additive method. Outputs are the rows of W, but the columns of an embedding.
 
 The norm is a constant for the gradient (§4.3 of the paper). With factors it never needs a dense ΔW:
 
@@ -23,8 +23,7 @@ from veneer.method import Adapter, Factors, Method, Shape, VeneerError, register
 @register("dora")
 @dataclass(frozen=True, kw_only=True)
 class DoRA(Method):
-    """Give the rows of an additive method's result a trained length; starts at the base's own."""
-
+    """Give the outputs of an additive method's result a trained length; starts at the base's own."""
     additive = False
     inner: Method
 
@@ -54,7 +53,8 @@ class DoRA(Method):
 
 
 class DoRAAdapter(Adapter):
-    """inner: the wrapped adapter; magnitude (*batch, out), fp32 or wider since a gain lies close to 1."""
+    """inner: the wrapped adapter; magnitude, fp32 or wider since a gain lies close to 1: (*batch, out), or (in,)
+    for an embedding."""
 
     needs_weight = True
 
@@ -62,7 +62,8 @@ class DoRAAdapter(Adapter):
         super().__init__(shape, inner.dropout)
         self.inner = inner
         wide = torch.promote_types(dtype, torch.float32)
-        self.magnitude = nn.Parameter(torch.empty(*shape.batch, shape.out, dtype=wide))
+        outputs = shape.in_ if shape.lookup else shape.out
+        self.magnitude = nn.Parameter(torch.empty(*shape.batch, outputs, dtype=wide))
 
     def reset_parameters(self) -> None:
         self.inner.seed_key = self.seed_key
@@ -75,7 +76,8 @@ class DoRAAdapter(Adapter):
         self.magnitude.copy_(self._row_norm(weight))
 
     def new_weight(self, weight: Tensor) -> Tensor:
-        return self.gain(weight).unsqueeze(-1) * self.inner.new_weight(weight)
+        gain = self.gain(weight).unsqueeze(-2 if self.shape.lookup else -1)
+        return gain * self.inner.new_weight(weight)
 
     def delta(self) -> Tensor:
         raise VeneerError("DoRA is not additive: its change of W depends on W; use new_weight(W) - W")
@@ -93,7 +95,7 @@ class DoRAAdapter(Adapter):
         return torch.where(some, self.magnitude / torch.where(some, norm, one), one)
 
     def row_norm(self, weight: Tensor) -> Tensor:
-        """‖W + ΔW‖ of every row (*batch, out), without gradient.
+        """‖W + ΔW‖ of every output, shaped as the magnitude, without gradient.
 
         Kept between calls only where gradients are off: some optimizers write through raw pointers and
         leave no trace in a tensor's version, so no norm may outlive a step.
@@ -111,8 +113,11 @@ class DoRAAdapter(Adapter):
         factors = self.inner.factors()
         wide = torch.promote_types(self.magnitude.dtype, torch.float32)
         if factors is None:
-            return torch.linalg.vector_norm(self.inner.new_weight(weight.to(wide)), dim=-1, dtype=wide)
+            new = self.inner.new_weight(weight.to(wide))
+            return torch.linalg.vector_norm(new, dim=-2 if self.shape.lookup else -1, dtype=wide)
         A, B = factors.A.detach().to(wide), factors.B.detach().to(wide)
+        if self.shape.lookup:
+            weight, A, B = weight.mT, B.mT, A.mT
         # The product with W runs in W's dtype (a fast matmul with wide accumulators); the sums are wide.
         cross = (weight @ A.to(weight.dtype).mT).to(wide)
         inner = B @ (A @ A.mT)
