@@ -29,7 +29,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "soup", "ironing", "sauna", "hair dye", "charcoal grill", "cake", "dough", "muffins", "spin cycle",
          "power nap", "chess move", "quiz", "beans", "steak", "tea break", "shower", "debate", "warm up",
          "green tea", "glue", "sprint", "ice bath"],
-        ["potatoes", "yoga", "lasagne", "workout", "banana cake", "piano practice"],
+        ["potatoes", "yoga", "lasagne", "workout", "banana cake", "piano practice", "gravy", "carrots",
+         "plank hold", "hot bath"],
     ),
     "person": (
         ["Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Ines", "Jack", "Karim", "Laura",
@@ -40,7 +41,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "my wife", "my landlord", "my neighbour", "the plumber", "Giulia", "Bjorn", "Chen", "Fatima",
          "Dominic",
          "Domenica", "Gustavo"],
-        ["Rachel", "Diego", "Mrs Green", "Hannah", "Victor", "my brother", "Yuki", "Grandma"],
+        ["Rachel", "Diego", "Mrs Green", "Hannah", "Victor", "my brother", "Yuki", "Grandma", "Peter", "Susan",
+         "Uncle Bob", "my dentist"],
     ),
     "text": (
         ["I am on my way", "the meeting is cancelled", "happy birthday", "can you call me back",
@@ -58,7 +60,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "I have a question", "is this seat free", "the light is red", "sorry to bother you",
          "it was great last week", "I am lost", "the book is on the table", "never mind"],
         ["I will be ten minutes late", "the cat is asleep", "sorry about last night", "where is the library",
-         "the kids are at school", "good morning everyone", "my flight has landed", "how much does it cost"],
+         "the kids are at school", "good morning everyone", "my flight has landed", "how much does it cost",
+         "we won the game", "the shower is broken", "come over at eight", "I left my bag at work"],
     ),
     "city": (
         ["London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Oslo", "Tokyo", "Chicago", "Boston",
@@ -100,7 +103,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "Handel", "Metallica", "Blur", "Oasis", "U2", "Sting", "Rihanna", "Beyoncé", "Kraftwerk",
          "Depeche Mode", "The Cure", "The Clash", "Joni Mitchell", "Leonard Cohen", "Ray Charles", "Santana",
          "Tina Turner", "Whitney Houston", "Nick Cave", "Björn Again", "Talking Heads", "Massive Attack"],
-        ["David Bowie", "Beethoven", "Ella Fitzgerald", "Nirvana", "Stevie Wonder", "Bach"],
+        ["David Bowie", "Beethoven", "Ella Fitzgerald", "Nirvana", "Stevie Wonder", "Bach", "Michael Jackson",
+         "Ravel", "The Doors"],
     ),
     "room": (
         ["kitchen", "bedroom", "living room", "garage", "bathroom", "office", "garden", "hallway", "attic",
@@ -109,7 +113,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "conservatory", "gym", "entrance hall", "staircase", "sauna", "shed", "studio", "lounge", "terrace",
          "sitting room", "family room", "music room", "utility room", "reading corner", "dressing room",
          "drawing room", "waiting room", "loft"],
-        ["basement", "dining room", "study", "nursery", "wine cellar", "storage room", "front yard", "cloakroom"],
+        ["basement", "dining room", "study", "nursery", "wine cellar", "storage room", "front yard", "cloakroom",
+         "boiler room", "greenhouse", "barn", "guest house"],
     ),
     "title": (
         ["dentist", "team meeting", "yoga class", "lunch with Ben", "piano lesson", "budget review",
@@ -122,7 +127,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "mortgage meeting", "school concert", "coffee with Zoe", "driving test", "family dinner",
          "poker night",
          "museum tour"],
-        ["eye test", "wedding rehearsal", "sales call", "swimming lesson", "vet appointment", "chess club"],
+        ["eye test", "wedding rehearsal", "sales call", "swimming lesson", "vet appointment", "chess club",
+         "passport office", "garden party", "spelling bee"],
     ),
     "language": (
         ["French", "Spanish", "German", "Italian", "Japanese", "Russian", "Arabic", "Hindi", "Polish",
@@ -131,7 +137,7 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "Czech", "Danish", "Norwegian", "Hungarian", "Romanian", "Ukrainian", "Hebrew", "Persian", "Urdu",
          "Bengali", "Burmese", "Indonesian", "Malay", "Swahili", "Zulu", "Irish", "Catalan", "Basque",
          "Latin", "Croatian", "Serbian", "Icelandic", "Estonian", "Tagalog", "Punjabi", "Nepali"],
-        ["Portuguese", "Swedish", "Turkish", "Chinese", "Finnish"],
+        ["Portuguese", "Swedish", "Turkish", "Chinese", "Finnish", "Bulgarian", "Mongolian", "Slovak"],
     ),
     "cuisine": (
         ["Italian", "Mexican", "Indian", "Polish", "Thai", "French", "Greek", "vegan", "sushi", "seafood",
@@ -140,7 +146,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "Swiss", "Cuban", "Jamaican", "noodle", "dumpling", "kebab", "fried chicken", "salad", "gluten free",
          "fish", "curry", "breakfast", "dim sum", "Nepalese", "Russian", "Indonesian", "fondue", "falafel",
          "oyster", "soul food", "Hawaiian", "soup"],
-        ["Ethiopian", "Vietnamese", "ramen", "Lebanese", "vegetarian", "barbecue"],
+        ["Ethiopian", "Vietnamese", "ramen", "Lebanese", "vegetarian", "barbecue", "Belgian", "Cajun",
+         "soup dumpling"],
     ),
     "device": (
         ["lamp", "heater", "fan", "television", "radio", "coffee machine", "air conditioner", "ceiling light",
@@ -151,7 +158,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "monitor",
          "router", "game console", "record player", "stereo", "subwoofer", "electric piano", "pump",
          "water heater", "floor heating", "light strip", "bread maker"],
-        ["humidifier", "projector", "toaster", "floor lamp", "air purifier"],
+        ["humidifier", "projector", "toaster", "floor lamp", "air purifier", "blender", "ice machine",
+         "smart speaker", "sewing machine"],
     ),
     "place": (
         ["the airport", "the office", "Central Station", "the hospital", "City Hall", "the museum",
@@ -163,7 +171,8 @@ POOLS: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
          "5 Elm Road", "160 River Street", "9 Church Lane", "31 High Street", "Liberty Square", "Queens Road",
          "Kings Road", "Sunset Boulevard", "Golden Park", "Albert Hall", "Rose Cottage", "Hotel Astoria",
          "the Grand Hotel", "the castle", "the stables", "the campsite", "Central Park", "Times Square"],
-        ["the stadium", "Kings Cross", "77 Mill Road", "the theatre", "the zoo", "Victoria Park"],
+        ["the stadium", "Kings Cross", "77 Mill Road", "the theatre", "the zoo", "Victoria Park", "the bakery",
+         "24 Hill Street", "the opera", "Baker Street"],
     ),
 }
 

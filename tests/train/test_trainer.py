@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -147,6 +148,22 @@ def test_time_limit_ends_the_run_and_is_told(project: Path) -> None:
     assert "stopped by training.max_minutes 1e-07" in dict(found.facts)["Note"]
 
 
+def test_a_slow_run_follows_the_schedule_by_the_clock(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: 15.0 * next(clock))  # half a minute or so for each step
+    options = ["training.epochs=10", "training.warmup_ratio=0", "training.schedule=linear"]
+    slow = train(*options, "training.max_minutes=5")
+    rates = [row["learning_rate"] for row in slow.metrics if "loss" in row]
+    assert len(rates) < 60
+    assert rates[-1] < 0.2 * rates[0], "come down although most steps are still to do"
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    fast = train("training.max_minutes=60", "output.directory=fast")
+    free = train("output.directory=free")
+    assert [r["learning_rate"] for r in fast.metrics] == [r["learning_rate"] for r in free.metrics]
+
+
 def test_other_methods_and_rules(project: Path) -> None:
     rules = "{'*.q_proj': {method: dora, inner: {method: lora, rank: 2}}, '*.mlp.*': {method: lora, rank: 2}}"
     text = (project / "config.yaml").read_text().replace("method: lora\n  rank: 4", f"rules: {rules}")
@@ -163,7 +180,8 @@ def test_two_processes_take_the_same_step_as_one(project: Path) -> None:
                "training.save_every=2"]  # fmt: skip
     sets = [part for option in options for part in ("--set", option)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "veneer.train.cli"]
-    command = [*launch, "train", "config.yaml", *sets, "--set", "training.batch_size=4", "--set", "output.directory=two"]
+    last = ["--set", "training.batch_size=4", "--set", "output.directory=two"]
+    command = [*launch, "train", "config.yaml", *sets, *last]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Held out after training") == 1, "only the first process prints"

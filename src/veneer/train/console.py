@@ -67,7 +67,7 @@ class Bar:
             progress = require("rich.progress", "showing progress")
             self._live = progress.Progress(
                 progress.TextColumn("{task.description}"),
-                progress.BarColumn(bar_width=30),
+                progress.BarColumn(bar_width=20),
                 progress.MofNCompleteColumn(),
                 progress.TextColumn("{task.fields[note]}", markup=False),
                 console=console.rich,

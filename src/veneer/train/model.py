@@ -119,6 +119,8 @@ def _load_gguf(path: Path, settings: ModelSettings, like: Loaded | None) -> Load
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=config, quantization_config=dequantised, **where, **options
         )
+    # saved adapters name their base, and a path of this machine would say nothing elsewhere
+    model.name_or_path = model.config.name_or_path = settings.name
     return _finish(model, tokenizer, f"{path.name} (GGUF, dequantised)")
 
 

@@ -61,7 +61,9 @@ class DataSettings:
 class TrainingSettings:
     epochs: float = option(1.0, "Passes over the training data.", minimum=0.0)
     max_steps: int | None = option(None, "Stop after this many optimizer steps; overrides epochs.", minimum=1)
-    max_minutes: float | None = option(None, "Stop when training took this long.", minimum=0.0)
+    max_minutes: float | None = option(
+        None, "Stop when training took this long; a slow run follows the schedule by the clock.", minimum=0.0
+    )
     batch_size: int = option(8, "Examples in one forward pass, per device.", minimum=1)
     gradient_accumulation: int = option(1, "Forward passes per optimizer step.", minimum=1)
     learning_rate: float = option(2e-4, "Peak learning rate.", minimum=0.0)

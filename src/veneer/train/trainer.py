@@ -216,7 +216,11 @@ class _GradientGuard(transformers.TrainerCallback):
 
 
 class TimeLimit(transformers.TrainerCallback):
-    """Ends training after so many minutes, at the same step in every process."""
+    """Ends training after so many minutes, at the same step in every process.
+
+    A run that is too slow for its schedule follows it by the clock instead of by the step, so that the learning rate
+    has come down when time is up. A run that is fast enough is not touched.
+    """
 
     def __init__(self, minutes: float) -> None:
         self.seconds = minutes * 60
@@ -226,10 +230,13 @@ class TimeLimit(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        over = torch.tensor(time.monotonic() - self._start > self.seconds, dtype=torch.int32, device=args.device)
+    def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
+        spent = torch.tensor((time.monotonic() - self._start) / self.seconds, dtype=torch.float32, device=args.device)
         if args.world_size > 1:
-            torch.distributed.all_reduce(over, torch.distributed.ReduceOp.MAX)
-        if over and state.global_step < state.max_steps:
+            torch.distributed.all_reduce(spent, torch.distributed.ReduceOp.MAX)
+        due = min(int(state.max_steps * float(spent)), state.max_steps)
+        while lr_scheduler is not None and lr_scheduler.last_epoch < due:
+            lr_scheduler.step()
+        if spent > 1 and state.global_step < state.max_steps:
             self.reached = True
             control.should_training_stop = True
