@@ -287,19 +287,24 @@ def test_tied_weights_that_peft_adapts_in_one_place(tmp_path):
     assert "Untie them first" in message
 
 
-@pytest.mark.parametrize(("options", "module", "says"), [
-    ({"target_modules": ["conv"]}, torch.nn.Conv1d(4, 4, 3, groups=2), "convolution with groups=2"),
-    ({"target_modules": ["conv"], "use_dora": True}, torch.nn.Embedding(5, 4), "PEFT's DoRA on an embedding"),
-])
-def test_what_means_something_else_in_peft(options, module, says, tmp_path):
+def test_what_means_something_else_in_peft(tmp_path):
     peft = pytest.importorskip("peft")
-    base = torch.nn.ModuleDict({"conv": module})
+    base = torch.nn.ModuleDict({"conv": torch.nn.Conv1d(4, 4, 3, groups=2)})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft.get_peft_model(base, peft.LoraConfig(r=2, **options)).save_pretrained(str(tmp_path))
-    kind = type(module)
-    own = kind(4, 4, 3, groups=2) if kind is torch.nn.Conv1d else kind(5, 4)
-    assert says in refused(tmp_path, torch.nn.ModuleDict({"conv": own}))
+        peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["conv"])).save_pretrained(str(tmp_path))
+    own = torch.nn.ModuleDict({"conv": torch.nn.Conv1d(4, 4, 3, groups=2)})
+    assert "convolution with groups=2" in refused(tmp_path, own)
+
+
+@pytest.mark.parametrize("tying", [True, False])
+def test_dora_of_a_tied_embedding_in_peft(tying, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True, ensure_weight_tying=tying)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(fresh("llama_tied"), config).save_pretrained(str(tmp_path))
+    assert "PEFT's DoRA gives each of its places lengths of their own" in refused(tmp_path, fresh("llama_tied"))
 
 
 # -- pickle -------------------------------------------------------------------------------------------------

@@ -105,7 +105,6 @@ NATIVE = {
     "attention": ({"attention.in_proj_weight": LoRA()}, "applies LoRA on the out_proj of nn.MultiheadAttention twice"),
     "part of a module": ({"block.2": LoRA(), "head": Full(), "head.bias": None}, "only a part of its module"),
     "some biases": ({"block.2": LoRA(), "head.bias": Full()}, "neither all of the model's nor just those"),
-    "embedding with DoRA": ({"embed": DoRA(LoRA())}, "PEFT's DoRA on embedding weights"),
     "some lora_bias": ({"block.2": LoRA(bias=True), "head": LoRA()}, "lora_bias holds for all"),
     "rows of a head": ({"head": Rows([1])}, "rows only of embeddings and of linear layers without bias"),
 }

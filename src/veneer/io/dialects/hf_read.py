@@ -172,9 +172,9 @@ def _refuse(reading: Reading, site: Site, kind: str, method: Method) -> None:
     if site.unusual:
         raise VeneerError(f"{site.name!r} is a convolution with {site.unusual}; PEFT's LoRA on it has no form as a "
                           "change of its weight and cannot be loaded")
-    if kind == "embedding" and isinstance(method, DoRA):
-        raise VeneerError(f"PEFT's DoRA on an embedding ({site.name!r}) scales its columns, DoRA here its rows: it "
-                          "cannot be loaded")
+    if len(site.spots) > 1 and isinstance(method, DoRA):
+        raise VeneerError(f"{site.name!r} is tied, and PEFT's DoRA gives each of its places lengths of their own: it "
+                          "cannot be loaded. Untie them first: give one a clone of the weight")
     if len(site.spots) > 1 and not reading.config["ensure_weight_tying"]:
         places = " and ".join(repr(spot.module) for spot in site.spots)
         raise VeneerError(f"{places} are one tied weight, and in this PEFT file only one of them is adapted "

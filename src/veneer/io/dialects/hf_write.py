@@ -110,8 +110,10 @@ def _spots(draft: Draft, site: Site, record: Record) -> tuple[Spot, ...]:
     if site.unusual:
         raise Inexpressible(f"{site.name!r} is a convolution with {site.unusual}, on which PEFT's LoRA is another "
                             "function")
-    if dora and not set(kinds) <= {"linear", "conv1d", "conv"}:
-        raise Inexpressible(f"PEFT's DoRA on {kinds[0]} weights ({site.name!r}) is another function, or none")
+    if dora and len(kinds) > 1:
+        raise Inexpressible(f"{site.name!r} is tied, and PEFT's DoRA gives each of its places lengths of their own")
+    if dora and kinds[0] not in ("linear", "conv1d", "conv", "embedding"):
+        raise Inexpressible(f"PEFT has no DoRA on {kinds[0]} weights ({site.name!r})")
     if method.bias and (dora or not set(kinds) <= {"linear", "conv1d", "conv"}):
         raise Inexpressible(f"PEFT has no lora_bias for {kinds[0]} weights or DoRA ({site.name!r})")
     return site.spots
@@ -126,6 +128,8 @@ def _low_rank(draft: Draft, record: Record) -> None:
         elif spot.kind == "embedding":
             at = draft.path(spot.module)
             draft.tensors |= {f"{at}.lora_embedding_A": part["B"].mT, f"{at}.lora_embedding_B": part["A"].mT}
+            if "magnitude" in part:
+                draft.tensors[f"{at}.lora_magnitude_vector"] = part["magnitude"]
         else:
             _put_matrix(draft, spot, site, part, _lora(record))
 
