@@ -121,7 +121,8 @@ class DoRAAdapter(Adapter):
         # The product with W runs in W's dtype (a fast matmul with wide accumulators); the sums are wide.
         cross = (weight @ A.to(weight.dtype).mT).to(wide)
         inner = B @ (A @ A.mT)
-        inner.mul_(factors.scale**2).add_(cross, alpha=2 * factors.scale)
+        # Not add_(cross, alpha=…): torch 2.13's inductor turns the sum of two products into one kernel without alpha.
+        inner.mul_(factors.scale**2).add_(cross.mul_(2 * factors.scale))
         square = inner.mul_(B).sum(-1).add_(self._base_square(weight, wide))
         return square.clamp_min_(0).sqrt_()
 
