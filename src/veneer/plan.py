@@ -23,6 +23,7 @@ Pattern = str | re.Pattern | Callable[[str, nn.Module], bool]
 Rules = Method | Mapping[Any, Method | None]
 
 _RESERVED = frozenset(dir(nn.ModuleDict()))
+_OURS = ("adapters", "veneer")
 
 #: names under which heads are known that `get_output_embeddings` does not report
 _HEADS = {"lm_head", "score", "classifier", "qa_outputs", "output_layer", "embed_out"}
@@ -314,6 +315,8 @@ def _check(weight: Weight, method: Method, pattern: str) -> None:
         reason = reason or place.host.refusal(place.module)
         if reason is None and place.param in _RESERVED:
             reason = f"its name {place.param!r} is taken by an attribute of nn.ModuleDict; rename the parameter"
+        if reason is None and not isinstance(place.module, Host) and any(hasattr(place.module, n) for n in _OURS):
+            reason = f"its module has an attribute of its own among {', '.join(_OURS)}, which Veneer needs on it"
         if reason is None and has_own_forward(place.module):
             reason = "this instance has a forward of its own that hides its class's; adapt it before it is wrapped"
     if reason is not None:

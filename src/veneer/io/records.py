@@ -127,8 +127,6 @@ def records_of(model: nn.Module, name: str) -> list[Record]:
     """The adapter's records in the model's order, tensors as trained (same dtype, same device, not copied)."""
     found = []
     for weight, adapter in attached(model, name):
-        if adapter.pending:
-            _finish(weight, adapter)
         if adapter.on_meta():
             raise VeneerError(f"save: the adapter of {weight.name!r} is on the meta device and has no values yet; "
                               "call model.to_empty(device=...) and load the base weights first")
@@ -151,14 +149,6 @@ def expected_tensors(method: Method, layout: Layout) -> dict[str, Tensor]:
     """What an adapter of this method on this weight consists of: meta tensors by name."""
     with torch.device("meta"):
         return dict(method.build(layout.shape, torch.float32).state_dict())
-
-
-def _finish(weight: Weight, adapter: Any) -> None:
-    # attached on the meta device, filled since, never run: its start from the base weight is still owed
-    for place in weight.places:
-        if isinstance(place.module, Host):
-            place.module.finish(place.param, adapter)
-            return
 
 
 def _site(weight: Weight) -> Site:
