@@ -331,9 +331,20 @@ FUNCTIONS: dict[str, tuple[dict[str, str], list[str], list[str]]] = {
 
 # In training some values are made up, of syllables or of everyday words: what was never a value before can only be
 # copied from the request, and that is what the held-out set asks for.
-INVENTED = {"person": "{0}", "city": "{0}", "artist": "{0} {1}", "place": "{n} {0} Street", "room": "{0}",
-            "label": "{0}", "title": "{0} {1}", "device": "{0}", "language": "{0}", "cuisine": "{0}",
-            "text": "{0} {1} {2} {3}"}  # fmt: skip
+INVENTED: dict[str, list[str]] = {
+    "person": ["{0}", "{0}", "Mrs {0}", "{0} {1}"],
+    "city": ["{0}", "{0}", "{0} {1}"],
+    "artist": ["{0}", "{0} {1}", "The {0}"],
+    "place": ["{n} {0} Street", "the {0}", "{0} {1}"],
+    "room": ["{0}", "{0}", "{0} room", "{0} {1}"],
+    "label": ["{0}", "{0} {1}"],
+    "title": ["{0}", "{0} {1}"],
+    "device": ["{0}", "{0} {1}"],
+    "language": ["{0}"],
+    "cuisine": ["{0}", "{0} {1}"],
+    "currency": ["{code}"],
+    "text": ["the {0} is {1}", "I {0} my {1} at {2}", "{0} {1}", "we {0} the {1} {2} on {3}", "{0} with {1} about {2}"],
+}
 INVENTED_SHARE = 0.4
 CAPITALISED = ("person", "city", "artist", "place", "language")
 WORDS = """apple anchor arrow bamboo barrel basket beacon blanket bottle branch bridge bronze bucket button cabin camera
@@ -353,20 +364,23 @@ OPENINGS = (
 
 
 def invented(rng: random.Random, kind: str) -> str:
-    """A value of made-up or everyday words, in the shape of its kind."""
+    """A value of made-up or everyday words, in a shape of its kind."""
     words = []
     for _ in range(4):
         parts = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3))]
         made_up = "".join(parts) + rng.choice(["", "n", "r", "s", "l", "x"])
         word = made_up if rng.random() < 0.4 and kind != "text" else rng.choice(WORDS)
         words.append(word.capitalize() if kind in CAPITALISED else word)
-    return INVENTED[kind].format(*words, n=rng.choice(POOLS["number"][0]))
+    code = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=3))
+    return rng.choice(INVENTED[kind]).format(*words, n=rng.choice(POOLS["number"][0]), code=code)
 
 
 def value(rng: random.Random, kind: str, half: int, taken: Collection[Any]) -> Any:
     """A value of this kind from the pool of this half, none of those `taken`; in training sometimes invented."""
     if half == 0 and kind in INVENTED and rng.random() < INVENTED_SHARE:
-        return invented(rng, kind)
+        made = invented(rng, kind)
+        if made not in POOLS[kind][1]:
+            return made
     return rng.choice([v for v in POOLS[kind][half] if v not in taken])
 
 

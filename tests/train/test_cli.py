@@ -66,6 +66,11 @@ def veneer_dtypes() -> list[Any]:
     return [torch.float32]
 
 
+def test_resume_may_stand_before_the_config(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", "config.yaml"]) == 2
+    assert "--resume: there is no checkpoint 'last' in 'out'" in capsys.readouterr().err
+
+
 def test_print_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--print-schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == "veneer train"

@@ -92,6 +92,22 @@ def test_an_earlier_run_is_not_overwritten_unasked(project: Path) -> None:
         train("output.directory=nowhere", resume="last")
 
 
+def test_a_template_without_end_token_is_told(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}"
+    (project / "t.jinja").write_text(template + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}")
+    train("data.chat_template=t.jinja", dry_run=True)
+    shown = capsys.readouterr().out
+    assert "the model will not learn to stop" in shown
+    assert "user:say a\nassistant:⟦A" in shown
+    train(dry_run=True)
+    assert "will not learn to stop" not in capsys.readouterr().out
+
+
+def test_unknown_optimizer(project: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown training.optimizer 'adamw_trch'; did you mean 'adamw_torch'\?"):
+        train("training.optimizer=adamw_trch", "evaluation.generate=false")
+
+
 def test_plain_text_without_heldout(project: Path) -> None:
     write_jsonl(project / "text.jsonl", [{"text": "abc" * n} for n in range(1, 9)])
     text = (project / "config.yaml").read_text()

@@ -81,6 +81,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.print_schema:
         print(json.dumps(settings_schema(), indent=2))
         return 0
+    if arguments.config is None and str(arguments.resume).endswith((".yaml", ".yml")):
+        arguments.config, arguments.resume = arguments.resume, "last"  # `veneer train --resume config.yaml`
     if arguments.config is None:
         raise VeneerError("veneer train needs a YAML file; examples/demo.yaml is one, docs/training.md describes it")
     settings = load_settings(arguments.config, arguments.set)

@@ -59,11 +59,24 @@ def prepare(settings: Settings, console: Console) -> Job:
             f"{skipped + skipped_too} left out",
             style="yellow",
         )
+    if settings.data.train_on == "answers" and not _teaches_to_stop(train[0], loaded.model):
+        console.say(
+            "The answers end with no token at which generation stops, so the model will not learn to stop; "
+            "a chat template with an end token after each answer (data.chat_template) mends that",
+            style="yellow",
+        )
     return Job(
         settings=settings, console=console, loaded=loaded, encoder=encoder, train=train, heldout=heldout,
         data=Dataset(train=data.train, heldout=heldout_examples),
         plan=veneer.plan(loaded.model, settings.adapter.rules),
     )  # fmt: skip
+
+
+def _teaches_to_stop(one: Encoded, model: Any) -> bool:
+    """Whether an end token is among the last trained tokens (a template may put a line break after it)."""
+    ends = model.generation_config.eos_token_id
+    known = set(ends) if isinstance(ends, list) else {ends}
+    return any(label in known for label in one.labels[-3:])
 
 
 def make_encoder(settings: Settings, tokenizer: Any) -> Encoder:
