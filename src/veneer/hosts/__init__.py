@@ -18,23 +18,13 @@ HOSTS: tuple[type[Host], ...] = (
 def host_of(module: nn.Module) -> tuple[type[Host], dict[str, Layout]]:
     """The host for a module's own parameters and how each of them is laid out; empty when it has none."""
     if isinstance(module, Host):
-        host = type(module).veneer_key[1]  # type: ignore[attr-defined]
-        return host, {**_base_claims(module, host)}
+        base, host, _ = type(module).veneer_key  # type: ignore[attr-defined]
+        return host, host.claims(module, base)
     for host in HOSTS:
-        found = host.claims(module)
+        found = host.claims(module, type(module))
         if found:
             return host, found
     return ParameterHost, {}
-
-
-def _base_claims(module: Host, host: type[Host]) -> dict[str, Layout]:
-    # `claims` looks at the class's own forward, which a host covers: ask on behalf of the class below it.
-    kind = type(module)
-    module.__class__ = kind.veneer_base  # type: ignore[attr-defined]
-    try:
-        return host.claims(module)
-    finally:
-        module.__class__ = kind
 
 
 __all__ = ["HOSTS", "Host", "Layout", "host_of"]

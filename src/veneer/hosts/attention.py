@@ -17,8 +17,8 @@ class AttentionHost(ParameterHost):
     is_linear = True
 
     @classmethod
-    def claims(cls, module: nn.Module) -> dict[str, Layout]:
-        return super().claims(module) if isinstance(module, nn.MultiheadAttention) else {}
+    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+        return super().claims(module, kind) if issubclass(kind, nn.MultiheadAttention) else {}
 
     def shown_hosts(self) -> Sequence[Host]:
         out_proj = cast(Any, self).out_proj
@@ -53,8 +53,8 @@ class OutProjHost(ParameterHost):
     is_linear = True
 
     @classmethod
-    def claims(cls, module: nn.Module) -> dict[str, Layout]:
-        return super().claims(module) if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) else {}
+    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+        return super().claims(module, kind) if issubclass(kind, nn.modules.linear.NonDynamicallyQuantizableLinear) else {}
 
 
 def _swap(tensor: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ class ConvHost(TensorHost):
     """y = conv(x, W) + bias."""
 
     @classmethod
-    def claims(cls, module: nn.Module) -> dict[str, Layout]:
-        kind = next((k for k in _CONVS if isinstance(module, k)), None)
+    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+        base = next((k for k in _CONVS if issubclass(kind, k)), None)
         weight = module._parameters.get("weight")
-        if kind is None or type(module).forward is not kind.forward or weight is None:
+        if base is None or kind.forward is not base.forward or weight is None:
             return {}
         found = {"weight": Layout.of(weight, kernel=weight.shape[2:])}
         bias = module._parameters.get("bias")

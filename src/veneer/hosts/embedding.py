@@ -22,9 +22,9 @@ class EmbeddingHost(TensorHost):
     lookup = True
 
     @classmethod
-    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
         weight = module._parameters.get("weight")
-        if not isinstance(module, nn.Embedding) or type(module).forward is not nn.Embedding.forward or weight is None:
+        if not issubclass(kind, nn.Embedding) or kind.forward is not nn.Embedding.forward or weight is None:
             return {}
         return {"weight": Layout.of(weight, lookup=True)}
 

@@ -21,8 +21,8 @@ class LinearHost(TensorHost):
     transposed: ClassVar[bool] = False
 
     @classmethod
-    def claims(cls, module: nn.Module) -> dict[str, Layout]:
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+        if not issubclass(kind, nn.Linear) or kind.forward is not nn.Linear.forward:
             return {}
         return _layouts(module, transposed=False)
 
@@ -40,9 +40,8 @@ class Conv1DHost(LinearHost):
     transposed = True
 
     @classmethod
-    def claims(cls, module: nn.Module) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
         # Named, not imported: transformers is no dependency of the core.
-        kind = type(module)
         if kind.__name__ != "Conv1D" or kind.__module__ != "transformers.pytorch_utils":
             return {}
         return _layouts(module, transposed=True)
