@@ -17,7 +17,7 @@ class AttentionHost(ParameterHost):
     is_linear = True
 
     @classmethod
-    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
         return super().claims(module, kind) if issubclass(kind, nn.MultiheadAttention) else {}
 
     def shown_hosts(self) -> Sequence[Host]:
@@ -53,8 +53,9 @@ class OutProjHost(ParameterHost):
     is_linear = True
 
     @classmethod
-    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
-        return super().claims(module, kind) if issubclass(kind, nn.modules.linear.NonDynamicallyQuantizableLinear) else {}
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
+        out_proj = nn.modules.linear.NonDynamicallyQuantizableLinear
+        return super().claims(module, kind) if issubclass(kind, out_proj) else {}
 
 
 def _swap(tensor: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Host(nn.Module):
     is_linear: ClassVar[bool] = False
 
     @classmethod
-    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
         """The parameters of `module` that this host applies itself, or an empty dict when it is not of its kind.
 
         kind: the module's own class, below any host that lies on it already.

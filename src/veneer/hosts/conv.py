@@ -25,7 +25,7 @@ class ConvHost(TensorHost):
     """y = conv(x, W) + bias."""
 
     @classmethod
-    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
         base = next((k for k in _CONVS if issubclass(kind, k)), None)
         weight = module._parameters.get("weight")
         if base is None or kind.forward is not base.forward or weight is None:

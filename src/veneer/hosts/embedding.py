@@ -22,7 +22,7 @@ class EmbeddingHost(TensorHost):
     lookup = True
 
     @classmethod
-    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
         weight = module._parameters.get("weight")
         if not issubclass(kind, nn.Embedding) or kind.forward is not nn.Embedding.forward or weight is None:
             return {}

@@ -21,7 +21,7 @@ class LinearHost(TensorHost):
     transposed: ClassVar[bool] = False
 
     @classmethod
-    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
         if not issubclass(kind, nn.Linear) or kind.forward is not nn.Linear.forward:
             return {}
         return _layouts(module, transposed=False)
@@ -40,7 +40,7 @@ class Conv1DHost(LinearHost):
     transposed = True
 
     @classmethod
-    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
         # Named, not imported: transformers is no dependency of the core.
         if kind.__name__ != "Conv1D" or kind.__module__ != "transformers.pytorch_utils":
             return {}

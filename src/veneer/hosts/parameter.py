@@ -25,7 +25,7 @@ class ParameterHost(Host):
     has_bias = False
 
     @classmethod
-    def claims(cls, module: nn.Module, kind: type) -> dict[str, Layout]:
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
         # transformers' fused experts say by this attribute that they store (E, in, out).
         transposed = bool(getattr(module, "is_transposed", False))
         table = isinstance(module, nn.Embedding)  # one with a forward of its own
