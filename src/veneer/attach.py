@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import nn
 from veneer.hosts import AttentionHost, Host
 from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
-from veneer.method import Adapter, Method, VeneerError, nearest
+from veneer.method import Adapter, Method, VeneerError, nearest, without_autocast
 from veneer.plan import Plan, PlanEntry, Rules, Weight, base_modules, plan_warning, scan
 from veneer.route import Route, RowNames
 from veneer.storage import storage_of
@@ -70,24 +71,49 @@ def _known(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def _no_merge(model: nn.Module, doing: str) -> None:
-    merged = sorted({name for _, host in hosts(model) for name in host.veneer.merged})
-    if merged:
-        raise VeneerError(f"{doing}: adapter {', '.join(map(repr, merged))} is merged into the base weights; call "
-                          "veneer.unmerge(model) first")
+    found = [host for _, host in hosts(model) if host.veneer.merged]
+    if not found:
+        return
+    names = sorted({name for host in found for name in host.veneer.merged})
+    way = "call veneer.unmerge(model) first"
+    if not any(host.veneer.kept for host in found):
+        way = f"for good (keep=False), so detach(model, {names[0]!r}) takes it off and leaves its weights"
+    raise VeneerError(f"{doing}: adapter {', '.join(map(repr, names))} is merged into the base weights; {way}")
+
+
+def _outside(model: nn.Module) -> list[Host]:
+    """Hosts that share a route with those of `model` but are no part of it, when `model` is itself a part."""
+    inside = {id(host) for _, host in hosts(model)}
+    return [host for each in routes(model) for host in each.hosts
+            if isinstance(host, Host) and id(host) not in inside]
+
+
+def _whole_ties(model: nn.Module, doing: str) -> None:
+    """Refuse what would change a tied weight in one of its places only."""
+    ours = {id(adapter): name for name, host in hosts(model) for adapter in host.adapters.modules()
+            if isinstance(adapter, Adapter)}
+    for host in _outside(model):
+        for adapter in host.adapters.modules():
+            if id(adapter) in ours:
+                raise VeneerError(f"{doing}: the weight of {ours[id(adapter)] or 'this module'!r} is tied to one "
+                                  "outside the part of the model given; call this on the whole model")
 
 
 def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: int = 0) -> nn.Module:
     """Lay adapters over the weights that `rules` name, in place, and make them the live ones.
 
     The base is frozen; other adapters keep their `requires_grad`, but only `name` is live afterwards (see
-    `activate`). Adapter parameters are fp32 over a 16-bit base and are seeded by (seed, weight name): equal
+    `activate`), beside those that are live in other parts when `model` is a part. Adapter parameters are fp32 over
+    a 16-bit base and are seeded by (seed, weight name): equal
     on every device, rank and order. On the meta device nothing is computed; `to_empty` fills the adapters.
 
-    Returns the same model. Raises `VeneerError` for a bad rule (see `plan`), a name in use, or a merged model,
-    before anything has been touched.
+    Returns the same model. Raises `VeneerError` for a bad rule (see `plan`), a name in use, a plan made for
+    another model, or a merged model, before anything has been touched.
     """
     _check_name(model, name)
     _no_merge(model, "attach")
+    if isinstance(rules, Plan):
+        _check_plan(model, rules)
     made = rules if isinstance(rules, Plan) else plan_warning(model, rules)
     adapters = _build(made, seed)
     known = routes(model)
@@ -102,9 +128,20 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
             host.adapters[name].train(host.training)
     guard_direct_readers(module for _, module in base_modules(model))
     freeze_base(model, route)
+    outside = {n for host in _outside(model) for n in host.adapters}
     for each in routes(model):
-        each.live = (name,)
+        each.live = (*(n for n in each.live if n in outside), name)
     return model
+
+
+def _check_plan(model: nn.Module, made: Plan) -> None:
+    inside = {id(module) for module in model.modules()}
+    for entry in made.entries:
+        for place in entry.weight.places:
+            here = place.module._parameters.get(place.param) if id(place.module) in inside else None
+            if here is not entry.weight.tensor:
+                raise VeneerError(f"attach: this plan was made for another model, or before {entry.name!r} was "
+                                  "replaced; make it again with veneer.plan(model, rules)")
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -139,11 +176,11 @@ def _build(made: Plan, seed: int) -> list[Adapter]:
 
 def freeze_base(model: nn.Module, route: Route) -> None:
     """Freeze everything but adapters; what was trainable is remembered for the last detach."""
-    ours = {id(p) for _, host in hosts(model) for p in host.adapters.parameters()}
-    for param in model.parameters():
-        if id(param) not in ours and param.requires_grad:
-            param.requires_grad_(False)
-            route.thawed.append(param)
+    for path, module in base_modules(model):
+        for name, param in module._parameters.items():
+            if param is not None and param.requires_grad:
+                param.requires_grad_(False)
+                route.thawed[f"{path}.{name}" if path else name] = weakref.ref(module)
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -154,6 +191,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     stay. Raises `VeneerError` for an unknown name.
     """
     names = adapter_names(model) if name is None else _known(model, [name])
+    _whole_ties(model, "detach")
     merged = {n for _, host in hosts(model) for n in host.veneer.merged}
     if merged and name is not None and name not in merged:
         _no_merge(model, f"detach {name!r}")
@@ -162,20 +200,20 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     known = routes(model)
     found = [host for _, host in hosts(model)]
     for host in found:
+        host.veneer.merged = tuple(n for n in host.veneer.merged if n not in names)
         for each in names:
             if each in host.adapters:
                 del host.adapters[each]
     for route in known:
-        route.live = tuple(n for n in route.live if n not in names)
+        left = {n for host in route.hosts if isinstance(host, Host) for n in host.adapters}
+        route.live = tuple(n for n in route.live if n not in names or n in left)
     needed = _still_needed(found)
     for host in found:
         if not needed[id(host)]:
             lift(host)
-    if not any(True for _ in hosts(model)):
-        for route in known:
-            for param in route.thawed:
-                param.requires_grad_(True)
-            route.thawed.clear()
+    for route in known:
+        if not route.hosts:
+            route.thaw(model)
     return model
 
 
@@ -191,7 +229,8 @@ def _still_needed(found: Sequence[Host]) -> dict[int, bool]:
 def activate(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
     """Make exactly these adapters live (several add up; an empty list is the bare base).
 
-    Never changes `requires_grad`. Raises `VeneerError` for an unknown name or a merged model.
+    What is live holds for the whole model, also when `model` is a part of it. Never changes `requires_grad`.
+    Raises `VeneerError` for an unknown name or a merged model.
     """
     wanted = tuple(_known(model, [names] if isinstance(names, str) else names))
     _no_merge(model, "activate")
@@ -202,7 +241,7 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the context the model computes what the bare base computes."""
+    """Inside the context the model computes what the bare base computes, in every thread that runs it."""
     _no_merge(model, "disabled")
     known = routes(model)
     for route in known:
@@ -219,7 +258,9 @@ def route(model: nn.Module, row_names: Sequence[str | None]) -> Iterator[nn.Modu
     """Inside the context each row of the batch goes through its own adapter; None is the bare base.
 
     row_names: one entry per row of the batch (dimension 0 of what the model is given). A batch expanded n-fold
-    inside the model (beams, flattened tokens) must keep the copies of a row together.
+    inside the model (beams, flattened tokens) must keep the copies of a row together. It holds for every thread
+    that runs the model. Dimension 0 of an adapted layer's input is taken for the batch: leave out layers where it is
+    something else (a position table looked up by arange(T), T5's relative attention bias).
     Raises `VeneerError` for an unknown name, a merged model, or, in the forward, a batch that does not fit.
     """
     if isinstance(row_names, str) or not len(row_names):
@@ -243,15 +284,17 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, keep: bool
 
     Computed in fp32 or wider and rounded once. With `keep` the base's own values are kept (costing their
     memory) so that `unmerge` gives their bits back; without, the merge is final.
-    Raises `VeneerError`, with nothing changed, when a merged weight would not be finite or when something is
-    merged already.
+    Raises `VeneerError`, with nothing changed, when a merged weight would not be finite, when something is
+    merged already, or when a live adapter that is left out would start from the merged weights and change.
     """
     _no_merge(model, "merge")
+    _whole_ties(model, "merge")
     if names is None:
         names = [n for each in routes(model) for n in each.live]
     wanted = _known(model, [names] if isinstance(names, str) else names)
     if not wanted:
         raise VeneerError("merge: no adapter is live; name the ones to merge")
+    _no_dependents(model, wanted)
     done: dict[int, Any] = {}
     todo = [(host, _merged_values(module, host, wanted, done)) for module, host in hosts(model)]
     for host, values in todo:
@@ -261,6 +304,17 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, keep: bool
                 host.veneer.kept[param] = before
         host.veneer.merged = tuple(n for n in wanted if n in host.adapters)
     return model
+
+
+def _no_dependents(model: nn.Module, wanted: Sequence[str]) -> None:
+    for name, host in hosts(model):
+        for param in host.veneer.layouts:
+            left = [n for n in host.veneer.route.live if n not in wanted]
+            for other, adapter in ((n, a) for n in left for a in host.live(param, [n])):
+                if host.live(param, wanted) and adapter.method is not None and not adapter.method.additive:
+                    raise VeneerError(f"merge: {other!r} is live on {name}.{param} too, and its {adapter.method} "
+                                      "starts from the base weight, so merging only the others would change it; "
+                                      "merge all of them, or activate only what is to be merged")
 
 
 @torch.no_grad()
@@ -273,7 +327,8 @@ def _merged_values(name: str, host: Host, wanted: Sequence[str], done: dict[int,
         if not adapters or stored is None or id(stored) in done:
             continue
         done[id(stored)] = True
-        values[param] = host.adapted_weight(param, adapters, wide=True).to(stored.dtype)
+        with without_autocast(stored):
+            values[param] = host.adapted_weight(param, adapters, wide=True).to(stored.dtype)
     added = [a.bias_delta() for a in host.live("weight", wanted)] if "weight" in host.veneer.layouts else []
     extra = [d for d in added if d is not None]
     if extra:
@@ -304,6 +359,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     merged = [host for _, host in hosts(model) if host.veneer.merged]
     if not merged:
         raise VeneerError("unmerge: nothing is merged")
+    _whole_ties(model, "unmerge")
     if not any(host.veneer.kept for host in merged):
         raise VeneerError("unmerge: the merge was made with keep=False, so the base's own values are gone")
     for host in merged:

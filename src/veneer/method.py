@@ -7,6 +7,7 @@ as a matrix of shape (*batch, out, in).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -31,6 +32,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"`, or an empty string when nothing known comes near."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A context in which products keep the dtype they are given, whatever autocast surrounds it."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,11 @@ class Adapter(nn.Module):
 
         Outputs are rows (out,), or columns (in,) where `shape.lookup`.
         """
+        return None
+
+    def row_values(self) -> tuple[Tensor, Tensor] | None:
+        """Distinct row numbers (n,) and the values (n, in) that new_weight puts there, all other rows being W's
+        own, or None. Spares a lookup the new weight."""
         return None
 
     def bias_delta(self) -> Tensor | None:

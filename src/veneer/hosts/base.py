@@ -6,6 +6,7 @@ method adapts it.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.method import Adapter, Shape, VeneerError
+from veneer.method import Adapter, Shape, VeneerError, VeneerWarning
 from veneer.ops import Term
 from veneer.route import Route
 from veneer.storage import storage_of
@@ -66,7 +67,9 @@ class HostState:
         self.kept: dict[str, Tensor | None] = {}  # the base's own values while merged; None = had no such bias
         self.shown: dict[str, Tensor] | None = None  # adapted weights, only while this module's forward runs
         self.read: set[str] = set()  # which of them that forward has asked for
-        self.routes_seen: deque[tuple] = deque(maxlen=8)
+        # Routes of forwards since the last backward that recomputed this layer, with and without gradients.
+        self.seen: dict[bool, deque[tuple]] = {True: deque(maxlen=8), False: deque(maxlen=8)}
+        self.recomputed = False
         self.guards: dict[str, Any] = {}  # what `lift` must call remove() on, see hosts.direct_readers
 
 
@@ -100,23 +103,38 @@ class Host(nn.Module):
     # -- which adapters ---------------------------------------------------------------------------------
     def route_now(self) -> Route:
         """The route in force; refuses a recomputation under another route than the forward had."""
-        state = self.veneer
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self._check_recompute(state)
-        elif not torch.compiler.is_compiling():
-            state.routes_seen.append(state.route.signature)
-        return state.route
+        if not torch.compiler.is_compiling():
+            self._watch_recompute(self.veneer)
+        return self.veneer.route
 
-    def _check_recompute(self, state: HostState) -> None:
+    def _watch_recompute(self, state: HostState) -> None:
         signature = state.route.signature
-        if torch._C._current_graph_task_id() == -1:
-            if not state.routes_seen or state.routes_seen[-1] != signature:
-                state.routes_seen.append(signature)
-        elif state.routes_seen and signature not in state.routes_seen:
+        if torch._C._current_graph_task_id() == -1:  # an ordinary forward
+            if state.recomputed:
+                state.seen[True].clear()
+                state.seen[False].clear()
+                state.recomputed = False
+            seen = state.seen[torch.is_grad_enabled()]
+            if signature not in seen:
+                seen.append(signature)
+            return
+        state.recomputed = True
+        # Reentrant checkpointing runs its forward without gradients, like a forward that is only looked at.
+        seen = state.seen[True] or state.seen[False]
+        if any(other != signature for other in state.seen[True]) or (seen and signature not in seen):
             raise VeneerError(
-                "gradient checkpointing recomputes this layer in the backward pass, but other adapters are live "
-                "now than were in the forward pass: call backward() inside the same `with veneer.route(...)` or "
-                "`with veneer.disabled(...)`, and before `veneer.activate(...)`")
+                "gradient checkpointing recomputes this layer in the backward pass, but other adapters were live in "
+                "a forward pass since the last one: call backward() inside the same `with veneer.route(...)` or "
+                "`with veneer.disabled(...)` as its forward, before the next forward under another, and run "
+                "forwards that need no gradient under torch.no_grad()")
+        if len(seen) > 1:
+            warnings.warn("reentrant gradient checkpointing under several routes: what is recomputed now runs with the "
+                          "adapters that are live now; use_reentrant=False would let this be checked", VeneerWarning,
+                          stacklevel=2)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.veneer.route.hosts.add(self)
 
     def live(self, param: str, names: Sequence[str | None] | None = None) -> list[Adapter]:
         """The adapters of one parameter among `names` (default: the route's live ones), merged ones left out."""

@@ -45,6 +45,7 @@ def lay(module: nn.Module, host: type[Host], params: tuple[str, ...], route: Rou
         module.__class__ = adapted_class(base, host, shown)
         module.adapters = nn.ModuleDict()
         module.veneer = HostState(route)  # type: ignore[assignment]
+        route.hosts.add(module)
     elif issubclass(host, ParameterHost):
         shown = tuple(sorted({*params, *module.veneer.layouts}))
         module.__class__ = adapted_class(type(module).veneer_base, host, shown)  # type: ignore[attr-defined]
@@ -68,6 +69,7 @@ def lift(module: Host) -> None:
     """Give the module back its own class and take away everything that was added."""
     for guard in module.veneer.guards.values():
         guard.remove()
+    module.veneer.route.hosts.discard(module)
     del module.adapters
     del module.veneer
     module.__class__ = type(module).veneer_base  # type: ignore[attr-defined]

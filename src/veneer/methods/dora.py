@@ -11,13 +11,13 @@ The norm is a constant for the gradient (§4.3 of the paper). With factors it ne
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from veneer.method import Adapter, Factors, Method, Shape, VeneerError, register
+from veneer.method import Adapter, Factors, Method, Shape, VeneerError, register, without_autocast
 
 
 @register("dora")
@@ -70,6 +70,13 @@ class DoRAAdapter(Adapter):
         self.inner.reset_parameters()
         self.magnitude.fill_(1.0)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> DoRAAdapter:
+        wide = self.magnitude.detach()
+        super()._apply(fn, recurse)
+        if not self.magnitude.is_meta and self.magnitude.dtype.itemsize < 4:  # a cast of the model to 16 bit
+            self.magnitude.data = wide.to(self.magnitude.device)
+        return self
+
     def start(self, weight: Tensor) -> None:
         if self.inner.needs_weight:
             self.inner.start(weight)
@@ -97,17 +104,21 @@ class DoRAAdapter(Adapter):
     def row_norm(self, weight: Tensor) -> Tensor:
         """‖W + ΔW‖ of every output, shaped as the magnitude, without gradient.
 
-        Kept between calls only where gradients are off: some optimizers write through raw pointers and
-        leave no trace in a tensor's version, so no norm may outlive a step.
+        On a CPU it is kept between calls where gradients are off, with copies of the adapter's own numbers to
+        tell whether it still holds: what writes through `.data` or raw pointers leaves no other trace. Elsewhere
+        that comparison would make the device wait.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.device.type != "cpu":
             self._cache.pop("norm", None)
-            with torch.no_grad():
+            with torch.no_grad(), without_autocast(weight):
                 return self._row_norm(weight)
-        stamp = [_Stamp(t) for t in (weight, *self.inner.parameters())]
-        if "norm" not in self._cache or self._cache["norm"][0] != stamp:
-            self._cache["norm"] = (stamp, self._row_norm(weight))
-        return self._cache["norm"][1]
+        own = list(self.inner.parameters())
+        held = self._cache.get("norm")
+        if held is None or held[0] != _Stamp(weight) or not all(map(torch.equal, held[1], own)):
+            with without_autocast(weight):
+                held = (_Stamp(weight), [p.clone() for p in own], self._row_norm(weight))
+            self._cache["norm"] = held
+        return held[2]
 
     def _row_norm(self, weight: Tensor) -> Tensor:
         factors = self.inner.factors()
