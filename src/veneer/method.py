@@ -137,6 +137,11 @@ class Adapter(nn.Module):
         digest = hashlib.sha256(self.seed_key.encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """Read by transformers' `save_pretrained`: one adapter on a tied weight has two names there, and may."""
+        return {key: key for key, _ in self.named_parameters()}
+
     def on_meta(self) -> bool:
         return any(p.is_meta for p in self.parameters())
 

@@ -57,3 +57,15 @@ def tiny_llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> nn.Mod
                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
                          tie_word_embeddings=tied)
     return LlamaForCausalLM(config).to(dtype)
+
+
+def assert_as_good(got: Tensor, own: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """`got` is nearer to the fp64 truth than twice what dense eager arithmetic in the same dtype is, by norm.
+
+    The floor is for where that arithmetic happens to round to the truth: an eps of a 16-bit type, and the few by
+    which two orders of the same sum differ in fp32 and fp64.
+    """
+    assert got.shape == own.shape == truth.shape
+    mine, theirs = (float((t.double() - truth.double()).norm() / truth.double().norm()) for t in (got, own))
+    floor = torch.finfo(dtype).eps * {torch.float64: 32, torch.float32: 4}.get(dtype, 1)
+    assert mine <= 2 * theirs + floor, f"error {mine:.3g}, dense {dtype} has {theirs:.3g}"

@@ -12,7 +12,7 @@ import veneer
 from veneer import DoRA, LoRA
 from veneer.inspect.summary import adapters
 
-from .nets import scatter
+from .nets import assert_as_good, scatter
 
 
 def make(dtype=torch.float32, rank=3):
@@ -21,12 +21,21 @@ def make(dtype=torch.float32, rank=3):
     return scatter(veneer.attach(model, {"up": DoRA(LoRA(rank=rank))}))
 
 
-def dense(model, x):
-    """The definition, from what the model holds now."""
+def dense(model, x, dtype=None):
+    """The definition in fp64, from what the model holds now, as `dtype` or x's."""
     adapter = adapters(model)["default"].weights["up"]
     V = model.up.weight.double() + adapter.inner.B.double() @ adapter.inner.A.double()
     W = adapter.magnitude.double().unsqueeze(1) * V / V.norm(dim=1, keepdim=True)
-    return (x.double() @ W.mT + model.up.bias.double()).to(x.dtype).detach()
+    return (x.double() @ W.mT + model.up.bias.double()).to(dtype or x.dtype).detach()
+
+
+def in_own_dtype(model, x):
+    """The weight in fp32 or wider, rounded once; the product in the dtype of x."""
+    adapter = adapters(model)["default"].weights["up"]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    V = model.up.weight.to(wide) + adapter.inner.B.to(wide) @ adapter.inner.A.to(wide)
+    W = adapter.magnitude.to(wide).unsqueeze(1) * V / V.norm(dim=1, keepdim=True)
+    return nn.functional.linear(x, W.to(x.dtype), model.up.bias).detach()
 
 
 def evaluate(model, x):
@@ -104,9 +113,11 @@ def test_norms_follow_the_dtype(to):
     x = torch.randn(5, 12)
     evaluate(model, x)
     model.to(to)
-    got = evaluate(model, x.to(to))
-    close = {"rtol": 0.05, "atol": 0.05} if to == torch.bfloat16 else {"rtol": 1e-6, "atol": 1e-6}
-    torch.testing.assert_close(got, dense(model, x.to(to)), **close)
+    x = x.to(to)
+    got = evaluate(model, x)
+    assert got.dtype == to
+    assert_as_good(got, in_own_dtype(model, x), dense(model, x, torch.float64), to)
+    x = x.float()
     model.float()
     torch.testing.assert_close(evaluate(model, x), dense(model, x), rtol=1e-5, atol=1e-5)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.hosts.base import Layout
 from veneer.hosts.tensor_host import TensorHost, finish_term
+from veneer.method import Adapter
 from veneer.ops import Term
 from veneer.ops.reference import row_factor
 
@@ -30,12 +31,49 @@ class EmbeddingHost(TensorHost):
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
-        if cast(Any, module).max_norm is None:
-            return None
-        return "an embedding with max_norm rewrites its own weight in every forward; set max_norm=None"
+        table = cast(Any, module)
+        if table.max_norm is not None:
+            return "an embedding with max_norm rewrites its own weight in every forward; set max_norm=None"
+        if table.scale_grad_by_freq:  # factors are not looked up alone: A would get the gradient unscaled
+            return ("an embedding with scale_grad_by_freq divides gradients by how often a token occurs, which is "
+                    "defined for its own weight only; set scale_grad_by_freq=False")
+        return None
 
     def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-        y = base = self._look_up(x, weight)
+        return self._add(x, self._look_up(x, weight), terms)
+
+    def explain_live(self, param: str, adapters: Sequence[Adapter]) -> tuple[str, str]:
+        if self._replaced(adapters) is not None:
+            return "rows", "what is looked up is replaced where the row has a new value"
+        return super().explain_live(param, adapters)
+
+    def _forward_names(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
+        found = self._replaced(self.live("weight", names))
+        if found is None:
+            return super()._forward_names(x, names)
+        terms, ids, values = found
+        return self._add(x, self._replace(x, self._look_up(x, self.base_weight("weight")), ids, values), terms)
+
+    def _replaced(self, adapters: Sequence[Adapter]) -> tuple[list[Term], Tensor, Tensor] | None:
+        """The row numbers and values of the one dense adapter that only gives rows new values, and the others."""
+        if not any(adapter.row_values() is not None for adapter in adapters):
+            return None  # told before `_sort`, which may be costly
+        terms, dense = self._sort(adapters)
+        found = dense[0].row_values() if len(dense) == 1 else None
+        return None if found is None else (terms, *found)
+
+    def _replace(self, x: Tensor, base: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+        """What the embedding looks up when its rows `ids` (n,) are `values` (n, width), without the new table."""
+        ids, order = ids.to(x.device).sort()
+        place = torch.searchsorted(ids, x.to(ids.dtype)).clamp(max=len(ids) - 1)
+        new = F.embedding(order[place], values.to(base.dtype))
+        padding = cast(Any, self).padding_idx
+        if padding is not None:
+            new = torch.where((x == padding).unsqueeze(-1), new.detach(), new)
+        return torch.where((ids[place] == x).unsqueeze(-1), new, base)
+
+    def _add(self, x: Tensor, base: Tensor, terms: Sequence[Term]) -> Tensor:
+        y = base
         for term in terms:
             low = self._look_up(x, term.B.to(base.dtype))
             added = low @ (term.scale * term.A).to(low.dtype)
@@ -49,4 +87,7 @@ class EmbeddingHost(TensorHost):
 
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
         table = cast(Any, self)
-        return F.embedding(ids, weight, table.padding_idx, None, 2.0, table.scale_grad_by_freq, table.sparse)
+        # a sparse gradient is for the stored table: a computed one passes it on to operations that know none, and
+        # the usual optimizers of an adapter know none either
+        sparse = table.sparse and weight is self._parameters.get("weight")
+        return F.embedding(ids, weight, table.padding_idx, sparse=sparse)

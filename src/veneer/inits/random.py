@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from veneer.method import VeneerError, nearest
 
+#: said with every draw: torch's default dtype and device are the caller's, and change what is drawn
+_DRAW: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
 
 def _uniform(shape: torch.Size, bound: float, generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, generator=generator).mul_(2 * bound).sub_(bound)
+    return torch.rand(shape, generator=generator, **_DRAW).mul_(2 * bound).sub_(bound)
 
 
 def kaiming(A: Tensor, B: Tensor, generator: torch.Generator) -> None:
@@ -27,14 +31,14 @@ def kaiming(A: Tensor, B: Tensor, generator: torch.Generator) -> None:
 
 def gaussian(A: Tensor, B: Tensor, generator: torch.Generator) -> None:
     """A ~ N(0, 1/r²), B = 0."""
-    A.copy_(torch.randn(A.shape, generator=generator).div_(A.shape[-2]))
+    A.copy_(torch.randn(A.shape, generator=generator, **_DRAW).div_(A.shape[-2]))
     B.zero_()
 
 
 def xavier(A: Tensor, B: Tensor, generator: torch.Generator) -> None:
     """A ~ N(0, 2/(r + in)), B = 0 (Glorot and Bengio 2010)."""
     rank, columns = A.shape[-2:]
-    A.copy_(torch.randn(A.shape, generator=generator).mul_(math.sqrt(2 / (rank + columns))))
+    A.copy_(torch.randn(A.shape, generator=generator, **_DRAW).mul_(math.sqrt(2 / (rank + columns))))
     B.zero_()
 
 
@@ -47,7 +51,7 @@ FACTOR_INITS: dict[str, Callable[[Tensor, Tensor, torch.Generator], None]] = {
 
 def check_init(owner: str, name: str) -> None:
     """Raise `VeneerError` unless `name` is a known start."""
-    if name not in FACTOR_INITS:
+    if not isinstance(name, str) or name not in FACTOR_INITS:
         raise VeneerError(f"{owner}: unknown init {name!r}{nearest(str(name), FACTOR_INITS)} "
                           f"Known: {', '.join(FACTOR_INITS)}")
 

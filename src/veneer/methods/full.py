@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.method import Adapter, Method, Shape, register
+from veneer.methods.options import as_dtype
 
 
 @register("full")
@@ -21,6 +22,9 @@ class Full(Method):
     dtype: torch.dtype | None = None
     covers_bias = True
     additive = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", as_dtype("Full", self.dtype))
 
     def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> FullAdapter:
         return FullAdapter(shape, self.dtype or dtype)

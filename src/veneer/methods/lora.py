@@ -16,11 +16,13 @@ from veneer.method import (
     Factors,
     Method,
     Shape,
-    VeneerError,
     check_positive_int,
     check_probability,
     register,
 )
+from veneer.methods.options import as_dtype, check_bool, check_number
+
+_BIAS_HINT = '. To train the biases of the base, as PEFT\'s bias="all" does, add the rule {"*.bias": Full()}'
 
 
 @register("lora")
@@ -32,7 +34,7 @@ class LoRA(Method):
     alpha: scale is alpha/rank; None means alpha = rank, a scale of 1.
     rank_stabilized: scale is alpha/√rank instead.
     dropout: probability of zeroing an input element on the adapter's path, in training mode only.
-    dtype: of the adapter's parameters; None = fp32 over a 16-bit base, else the base's.
+    dtype: of the adapter's parameters, or its name; None = fp32 over a 16-bit base, else the base's.
     init: "kaiming", "gaussian" or "xavier" for A; B starts at zero, so the model's output is unchanged.
     bias: also train an addition to the layer's bias (starts at zero).
     """
@@ -47,10 +49,14 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         check_positive_int("LoRA", "rank", self.rank)
+        check_number("LoRA", "dropout", self.dropout)
         check_probability("LoRA", "dropout", self.dropout)
         check_init("LoRA", self.init)
-        if self.alpha is not None and not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha)):
-            raise VeneerError(f"LoRA: alpha must be a finite number or None, got {self.alpha!r}")
+        if self.alpha is not None:
+            check_number("LoRA", "alpha", self.alpha, also=" or None")
+        check_bool("LoRA", "rank_stabilized", self.rank_stabilized)
+        check_bool("LoRA", "bias", self.bias, hint=_BIAS_HINT if isinstance(self.bias, str) else "")
+        object.__setattr__(self, "dtype", as_dtype("LoRA", self.dtype))
 
     @property
     def scale(self) -> float:

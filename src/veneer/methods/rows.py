@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.method import Adapter, Method, Shape, VeneerError, register
+from veneer.methods.options import as_dtype
 
 
 @register("rows")
@@ -23,12 +26,9 @@ class Rows(Method):
     ids: tuple[int, ...]
     dtype: torch.dtype | None = None
 
-    def __init__(self, ids: Iterable[int], *, dtype: torch.dtype | None = None) -> None:
-        rows = tuple(int(i) for i in ids)
-        if not rows or len(set(rows)) != len(rows) or min(rows) < 0:
-            raise VeneerError(f"Rows: ids must be distinct row numbers of at least 0, got {rows!r}")
-        object.__setattr__(self, "ids", rows)
-        object.__setattr__(self, "dtype", dtype)
+    def __init__(self, ids: Iterable[int], *, dtype: torch.dtype | str | None = None) -> None:
+        object.__setattr__(self, "ids", _row_numbers(ids))
+        object.__setattr__(self, "dtype", as_dtype("Rows", dtype))
 
     def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> RowsAdapter:
         return RowsAdapter(self, shape, self.dtype or dtype)
@@ -39,6 +39,21 @@ class Rows(Method):
         if max(self.ids) >= shape.out:
             return f"row {max(self.ids)} does not exist: the weight has {shape.out} rows"
         return None
+
+
+def _row_numbers(ids: Any) -> tuple[int, ...]:
+    """`ids` as ints; whatever Python itself would take as an index counts as one, so no fractions and no text."""
+    truths = False  # Python takes True for 1, but a list of them is a mask
+    try:
+        found = list(ids)
+        rows = tuple(operator.index(i) for i in found)
+        truths = any(isinstance(i, bool) or (isinstance(i, Tensor) and i.dtype == torch.bool) for i in found)
+    except TypeError:
+        rows = ()
+    if not rows or truths or len(set(rows)) != len(rows) or min(rows) < 0:
+        raise VeneerError("Rows: ids must be distinct row numbers (whole, at least 0) such as Rows([17, 18]), "
+                          f"got {ids!r}")
+    return rows
 
 
 class RowsAdapter(Adapter):
@@ -58,5 +73,7 @@ class RowsAdapter(Adapter):
         self.rows.copy_(weight[list(self.ids)])
 
     def new_weight(self, weight: Tensor) -> Tensor:
-        index = torch.tensor(self.ids, device=weight.device)
-        return weight.index_copy(0, index, self.rows.to(weight.dtype))
+        return weight.index_copy(0, torch.tensor(self.ids, device=weight.device), self.rows.to(weight.dtype))
+
+    def row_values(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.ids, device=self.rows.device), self.rows

@@ -47,13 +47,16 @@ class Dropped:
 
 def _positions(p: float, count: int) -> Tensor:
     """Sorted positions in range(count), each present with probability p, independently."""
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     blocks = []
     last = -1
     while last < count - 1:
         left = count - 1 - last
         draws = int(left * p + 4 * math.sqrt(left * p) + 16)
         # log(1 - u) with u in [0, 1) is finite; floor(log(1 - u) / log(1 - p)) is geometric from 0.
-        gaps = torch.rand(draws).neg_().log1p_().div_(math.log1p(-p)).to(torch.int64).add_(1)
+        uniform = torch.rand(draws, dtype=torch.float32, device="cpu")
+        gaps = uniform.neg_().log1p_().div_(math.log1p(-p)).to(torch.int64).add_(1)
         block = gaps.cumsum(0).add_(last)
         blocks.append(block)
         last = int(block[-1])
@@ -63,7 +66,7 @@ def _positions(p: float, count: int) -> Tensor:
 
 def _keep_mask(p: float, shape: torch.Size) -> tuple[Tensor, float]:
     count = math.prod(shape)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None)
     threshold = min(max(round(p * 65536), 1), 65535)
     keep = words.view(torch.int16)[:count].view(shape) >= threshold - 32768
     return keep, 1 - threshold / 65536

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import fields
@@ -25,6 +26,7 @@ from veneer.train.schema import ConfigError
 from veneer.train.settings import EvaluationSettings, TrainingSettings
 
 LAST_GOOD = "last_good"
+_RECENT = 9  # steps whose median is the present speed
 
 
 class DivergedError(VeneerError):
@@ -228,25 +230,58 @@ class _GradientGuard(transformers.TrainerCallback):
 class TimeLimit(transformers.TrainerCallback):
     """Ends training after so many minutes, at the same step in every process.
 
-    A run that is too slow for its schedule follows it by the clock instead of by the step, so that the learning rate
-    has come down when time is up. A run that is fast enough is not touched.
+    Where the steps left would take longer than the time left, the schedule takes larger strides, so that the learning
+    rate has come down when time is up. The very first step is no measure of the others (it warms up and compiles). A
+    run that is fast enough is not touched.
     """
 
     def __init__(self, minutes: float) -> None:
         self.seconds = minutes * 60
         self.reached = False
-        self._start = 0.0
+        self._start = self._begun = self._ended = 0.0
+        self._steps: list[float] = []  # seconds of each step after the first
+        self._between: list[float] = []  # seconds from a step to the next: data, evaluation, saving
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = time.monotonic()
+        self._ended = 0.0
+        self._steps, self._between = [], []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun = time.monotonic()
+        if self._ended:
+            self._between.append(self._begun - self._ended)
 
     def on_step_end(self, args: Any, state: Any, control: Any, lr_scheduler: Any = None, **kwargs: Any) -> None:
-        spent = torch.tensor((time.monotonic() - self._start) / self.seconds, dtype=torch.float32, device=args.device)
+        now = time.monotonic()
+        if self._ended:
+            self._steps.append(now - self._begun)
+        self._ended = now
+        # the slowest process decides, for all of them alike
+        clock = torch.tensor([now - self._start, self._step_time()], dtype=torch.float32, device=args.device)
         if args.world_size > 1:
-            torch.distributed.all_reduce(spent, torch.distributed.ReduceOp.MAX)
-        due = min(int(state.max_steps * float(spent)), state.max_steps)
-        while lr_scheduler is not None and lr_scheduler.last_epoch < due:
-            lr_scheduler.step()
-        if spent > 1 and state.global_step < state.max_steps:
+            torch.distributed.all_reduce(clock, torch.distributed.ReduceOp.MAX)
+        spent, each = clock.tolist()
+        if state.global_step >= state.max_steps:
+            return
+        if spent > self.seconds:
             self.reached = True
             control.should_training_stop = True
+        elif lr_scheduler is not None and spent + (state.max_steps - state.global_step) * each > self.seconds:
+            _stride(lr_scheduler, state.max_steps, max(1, int((self.seconds - spent) / each)))
+        if lr_scheduler is not None and state.global_step < lr_scheduler.last_epoch == state.max_steps - 1:
+            # the trainer's own step after the next one must not pass the end, where a cosine climbs again
+            lr_scheduler.last_epoch -= 1
+
+    def _step_time(self) -> float:
+        """Seconds that a step takes now, with its share of what happens between steps; 0 while unknown."""
+        if not self._steps:
+            return 0.0
+        return statistics.median(self._steps[-_RECENT:]) + sum(self._between) / len(self._between)
+
+
+def _stride(scheduler: Any, end: int, steps: int) -> None:
+    """Step ahead, so that `steps` equal strides from here, the trainer's own step included, reach `end`."""
+    left = end - scheduler.last_epoch
+    for _ in range(min(math.ceil((left - steps) / steps), left - 1)):
+        scheduler.step()
