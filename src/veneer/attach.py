@@ -179,7 +179,7 @@ def freeze_base(model: nn.Module, route: Route) -> None:
     for path, module in base_modules(model):
         for name, param in module._parameters.items():
             if param is not None and param.requires_grad:
-                param.requires_grad_(False)
+                param.requires_grad = False  # not requires_grad_: a lazy parameter has no methods yet
                 route.thawed[f"{path}.{name}" if path else name] = weakref.ref(module)
 
 

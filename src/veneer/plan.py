@@ -11,17 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.hosts import Host, Layout, host_of
+from veneer.hosts.attention import OutProjHost
 from veneer.hosts.parameter import ParameterHost
 from veneer.hosts.swap import has_own_forward
 from veneer.method import Method, VeneerError, VeneerWarning
 from veneer.storage import storage_of
+from veneer.wrappers import unwrap
 
 Pattern = str | re.Pattern | Callable[[str, nn.Module], bool]
 Rules = Method | Mapping[Any, Method | None]
 
+_LAZY = "which has no shape yet: run a forward pass first"
+_NO_LAYOUT = Layout.of(torch.empty(0))
 _RESERVED = frozenset(dir(nn.ModuleDict()))
 _OURS = ("adapters", "veneer")
 
@@ -38,6 +42,7 @@ class Place(NamedTuple):
     host: type[Host]
     layout: Layout
     names: tuple[str, ...]
+    refusal: str | None = None
 
 
 @dataclass(eq=False)
@@ -55,10 +60,24 @@ class Weight:
         return self.places[0].layout
 
 
+def original(weight: Weight) -> Tensor | None:
+    """The base's own values, also while something is merged into them; None when they are gone."""
+    for place in weight.places:
+        module = place.module
+        if isinstance(module, Host):
+            kept = module.veneer.kept.get(place.param)
+            if kept is not None:
+                return kept
+            # A tied weight is kept in the one place that was merged; look at all of them before giving up.
+    merged = any(isinstance(p.module, Host) and p.module.veneer.merged and not p.module.veneer.kept
+                 and p.param in p.module.veneer.layouts for p in weight.places)
+    return None if merged else weight.tensor
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` of the base model: what adapters consist of is left out."""
+    """`named_modules()` of the base model: what adapters consist of, and wrappers around it, are left out."""
     inside: set[int] = set()
-    for name, module in model.named_modules():
+    for name, module in unwrap(model).named_modules():
         if id(module) in inside:
             continue
         if isinstance(module, Host):
@@ -71,7 +90,10 @@ def scan(model: nn.Module) -> list[Weight]:
     heads = _head_modules(model)
     found: dict[int, Weight] = {}
     for module_name, module in base_modules(model):
+        if any(map(_is_lazy, module._parameters.values())):
+            continue
         host, layouts = host_of(module)
+        refusal = _out_of_reach(model, module_name) if host is OutProjHost else None
         leaf = all(name == "adapters" for name, _ in module.named_children())
         for param, tensor in module._parameters.items():
             if tensor is None:
@@ -80,7 +102,7 @@ def scan(model: nn.Module) -> list[Weight]:
             full = f"{module_name}.{param}" if module_name else param
             by_module = bool(module_name) and leaf and (param == "weight" or kind is ParameterHost)
             names = (module_name, full) if by_module else (full,)
-            place = Place(module_name, module, param, kind, layout, names)
+            place = Place(module_name, module, param, kind, layout, names, refusal)
             linear = (kind.is_linear or isinstance(module, nn.Linear)) and not layout.shape.is_vector
             head = id(module) in heads or module_name.rsplit(".", 1)[-1] in _HEADS
             if id(tensor) in found:
@@ -91,6 +113,33 @@ def scan(model: nn.Module) -> list[Weight]:
                 display = module_name if by_module and param == "weight" else full
                 found[id(tensor)] = Weight(display, tensor, [place], linear, head)
     return list(found.values())
+
+
+def _is_lazy(param: Any) -> bool:
+    return isinstance(param, nn.parameter.UninitializedParameter)
+
+
+def _lazy_hits(model: nn.Module, pattern: Any) -> list[str]:
+    """Names that `pattern` hits among the parameters of lazy modules, which have no shape before their first call."""
+    found = []
+    for module_name, module in base_modules(model):
+        if any(map(_is_lazy, module._parameters.values())):
+            for param in module._parameters:
+                full = f"{module_name}.{param}" if module_name else param
+                names = (module_name, full) if param == "weight" else (full,)
+                place = Place(module_name, module, param, ParameterHost, _NO_LAYOUT, names)
+                found += [full] if _hits(pattern, place) else []
+    return found
+
+
+def _out_of_reach(model: nn.Module, name: str) -> str | None:
+    """Why the `out_proj` called `name` cannot be adapted here: only its attention module reads it."""
+    parent = unwrap(model).get_submodule(name.rpartition(".")[0]) if name else None
+    # A list of modules is as good as none: what is in it is read from elsewhere.
+    if parent is None or type(parent).forward is nn.Module.forward:
+        return ("its nn.MultiheadAttention reads its weight without calling it, and is not inside this model; give "
+                "the attention module or what contains it")
+    return None
 
 
 def _head_modules(model: nn.Module) -> set[int]:
@@ -172,7 +221,7 @@ def plan_warning(model: nn.Module, rules: Rules) -> Plan:
 
 def resolve(model: nn.Module, weights: list[Weight], rules: Rules) -> Plan:
     """The plan for already scanned weights."""
-    chosen, excluded = _bare(weights, rules) if isinstance(rules, Method) else _mapped(weights, rules)
+    chosen, excluded = _bare(weights, rules) if isinstance(rules, Method) else _mapped(model, weights, rules)
     entries = []
     for weight, (method, pattern) in chosen.items():
         _check(weight, method, pattern)
@@ -180,8 +229,16 @@ def resolve(model: nn.Module, weights: list[Weight], rules: Rules) -> Plan:
     base = sum(weight.tensor.numel() for weight in weights)
     names = [weight.name for weight in excluded]
     adaptable = sum(not weight.layout.shape.is_vector for weight in weights)
-    uneven = _uneven(weights, set(chosen), set(excluded))
-    return Plan(entries, base, names, uneven, adaptable)
+    texts = _lazy(model, rules) + _uneven(weights, set(chosen), set(excluded))
+    return Plan(entries, base, names, texts, adaptable)
+
+
+def _lazy(model: nn.Module, rules: Rules) -> list[str]:
+    """What the rules would hit if it had a shape."""
+    patterns = ["*"] if isinstance(rules, Method) else [p for p, method in rules.items() if method is not None]
+    names = list(dict.fromkeys(name for pattern in patterns for name in _lazy_hits(model, pattern)))
+    return [f"left alone: {', '.join(names[:3])}{' …' if len(names) > 3 else ''} of a lazy module, {_LAZY}"] \
+        if names else []
 
 
 def _bare(weights: list[Weight], method: Method) -> tuple[dict, list[Weight]]:
@@ -193,7 +250,7 @@ def _bare(weights: list[Weight], method: Method) -> tuple[dict, list[Weight]]:
     return _with_biases(weights, chosen), [w for w in linear if w.is_head]
 
 
-def _mapped(weights: list[Weight], rules: Mapping) -> tuple[dict, list[Weight]]:
+def _mapped(model: nn.Module, weights: list[Weight], rules: Mapping) -> tuple[dict, list[Weight]]:
     if not isinstance(rules, Mapping) or not rules:
         raise VeneerError(f"rules must be a method or a non-empty mapping {{pattern: method or None}}, got {rules!r}")
     chosen: dict[Weight, tuple[Method, str]] = {}
@@ -211,7 +268,7 @@ def _mapped(weights: list[Weight], rules: Mapping) -> tuple[dict, list[Weight]]:
                     hits += 1
                     said[weight][number] = (method, _text(pattern))
         if not hits:
-            raise VeneerError(_no_hit(pattern, weights, reason))
+            raise VeneerError(_no_hit(pattern, weights, reason, _lazy_hits(model, pattern)))
     excluded = []
     for weight in weights:
         if weight not in said:
@@ -267,10 +324,12 @@ def _hits(pattern: Any, place: Place) -> bool:
     raise VeneerError(f"a pattern is a string, a compiled regex or a callable (name, module) → bool, got {pattern!r}")
 
 
-def _no_hit(pattern: Any, weights: list[Weight], reason: str | None) -> str:
+def _no_hit(pattern: Any, weights: list[Weight], reason: str | None, lazy: list[str]) -> str:
     text = _text(pattern)
     if reason is not None:
         return f"{text!r} matches only vectors: {reason}"
+    if lazy:
+        return f"{text!r} matches only {lazy[0]!r} of a lazy module, {_LAZY}"
     message = f"no adaptable weight matches {text!r}"
     if isinstance(pattern, str):
         message += _nearest_weight(text, weights)
@@ -312,7 +371,7 @@ def _check(weight: Weight, method: Method, pattern: str) -> None:
     if reason is None and method.adds_bias and not all(h.has_bias for h in hosts):
         reason = "this kind of layer has no bias to add to; use bias=False"
     for place in weight.places:
-        reason = reason or place.host.refusal(place.module)
+        reason = reason or place.refusal or place.host.refusal(place.module)
         if reason is None and place.param in _RESERVED:
             reason = f"its name {place.param!r} is taken by an attribute of nn.ModuleDict; rename the parameter"
         if reason is None and not isinstance(place.module, Host) and any(hasattr(place.module, n) for n in _OURS):

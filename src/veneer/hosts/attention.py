@@ -8,7 +8,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from veneer.hosts.base import Host, Layout
+from veneer.hosts.batch import refuse_unbatched
 from veneer.hosts.parameter import ParameterHost
+from veneer.method import Shape
 
 
 class AttentionHost(ParameterHost):
@@ -18,7 +20,14 @@ class AttentionHost(ParameterHost):
 
     @classmethod
     def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
-        return super().claims(module, kind) if issubclass(kind, nn.MultiheadAttention) else {}
+        if not issubclass(kind, nn.MultiheadAttention):
+            return {}
+        found = super().claims(module, kind)
+        for name in ("bias_k", "bias_v"):  # (1, 1, E): one more key and value, and no matrix
+            if name in found:
+                size = found[name].native
+                found[name] = Layout(Shape(out=size[-1], in_=1, is_vector=True), size)
+        return found
 
     def shown_hosts(self) -> Sequence[Host]:
         out_proj = cast(Any, self).out_proj
@@ -30,7 +39,12 @@ class AttentionHost(ParameterHost):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         attention = cast(Any, self)
-        if self.veneer.route.rows is None or attention.batch_first:
+        route = self.veneer.route
+        if route.rows is None or route.disabled:
+            return super().forward(*args, **kwargs)
+        query = args[0] if args else kwargs["query"]
+        refuse_unbatched(route, query.dim(), 3, "an attention query")
+        if attention.batch_first or query.dim() < 3:
             return super().forward(*args, **kwargs)
         # Rows are told apart along dimension 0, where this module has the batch only for the weights.
         return self._batch_second(*args, **kwargs)

@@ -34,6 +34,9 @@ class ConvHost(TensorHost):
         bias = module._parameters.get("bias")
         return found if bias is None else {**found, "bias": Layout.of(bias)}
 
+    def batched_dims(self) -> int:
+        return len(cast(Any, self).kernel_size) + 2
+
     def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
         conv = cast(Any, self)
         y = base = conv._conv_forward(x, weight, bias)

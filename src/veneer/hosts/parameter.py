@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from veneer.hosts.base import Host, Layout, check_rows
+from veneer.hosts.batch import refuse_sequence_first
 from veneer.method import VeneerError, VeneerWarning
 
 
@@ -29,7 +31,9 @@ class ParameterHost(Host):
         # transformers' fused experts say by this attribute that they store (E, in, out).
         transposed = bool(getattr(module, "is_transposed", False))
         table = isinstance(module, nn.Embedding)  # one with a forward of its own
-        return {name: Layout.of(param, transposed=transposed and param.dim() == 3, lookup=table and name == "weight")
+        conv = issubclass(kind, _ConvNd)  # (out, in, k) is one matrix there, not `out` of them
+        return {name: Layout.of(param, transposed=transposed and param.dim() == 3 and not conv,
+                                kernel=param.shape[2:] if conv else (), lookup=table and name == "weight")
                 for name, param in module._parameters.items() if param is not None}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -37,6 +41,7 @@ class ParameterHost(Host):
         if route.rows is None or route.disabled:
             return self._forward_names(None, args, kwargs)
         rows = route.rows
+        refuse_sequence_first(self, route)
         carriers = [host for host in self.shown_hosts()]
         distinct = [n for n in rows.distinct if n is None or any(n in h.adapters for h in carriers)]
         if all(name is None for name in distinct):
@@ -49,6 +54,11 @@ class ParameterHost(Host):
     def refusal(cls, module: nn.Module) -> str | None:
         if isinstance(module, nn.RNNBase):
             return "a recurrent layer keeps its own list of weights and never asks for them by name"
+        for name in module._parameters:
+            stem = name.removesuffix("_g").removesuffix("_v").removesuffix("_orig")
+            if stem != name and isinstance(module.__dict__.get(stem), Tensor):
+                return (f"its {stem!r} is computed from {name!r} before the forward runs (torch.nn.utils.weight_norm, "
+                        "spectral_norm or pruning); use torch.nn.utils.parametrizations or make it permanent first")
         return None
 
     def shown_hosts(self) -> Sequence[Host]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from veneer.hosts.base import Host, check_rows
-from veneer.method import Adapter
+from veneer.hosts.batch import refuse_sequence_first, refuse_unbatched
+from veneer.method import Adapter, VeneerError
 from veneer.ops import Term
+from veneer.ops.gain import with_gain
 from veneer.route import Route
 
 
@@ -25,6 +28,10 @@ class TensorHost(Host):
             return self._forward_rows(input, route)
         return self._forward_names(input, route.live)
 
+    def batched_dims(self) -> int:
+        """The least number of dimensions of an input that has a batch."""
+        return 2
+
     def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
         """The layer's output with `weight` (stored layout), `bias` and the terms."""
         raise NotImplementedError
@@ -33,7 +40,20 @@ class TensorHost(Host):
         terms, dense = self._sort(adapters) if param == "weight" else ([], list(adapters))
         if dense:
             return "weight space", f"{type(dense[0]).__name__} has no low-rank form here"
+        rows = self.veneer.route.rows
+        routed_bias = rows is not None and "bias" in self.veneer.layouts and self.live("bias", rows.distinct)
+        if rows is not None and not routed_bias:  # else the rows go through one by one, each without a mask
+            mask = torch.ones(len(rows.names))
+            terms = [dataclasses.replace(term, rows=mask) for term in terms]
         return self.explain_terms(terms)
+
+    def base_matrix(self, param: str) -> Tensor:
+        layout, weight = self.veneer.layouts[param], self.base_weight(param)
+        if tuple(weight.shape) != layout.native:
+            raise VeneerError(f"the {param!r} of this {type(self).__name__.removeprefix('Adapted')} is now "
+                              f"{tuple(weight.shape)} and was {layout.native} when its adapters were attached: resize "
+                              "the model (resize_token_embeddings, say) before attaching")
+        return layout.matrix(weight)
 
     def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
         return "low rank", "two small layers beside the base's own"
@@ -72,6 +92,8 @@ class TensorHost(Host):
         biases = any(self.live("bias", [name]) for name in named) if "bias" in self.veneer.layouts else False
         if not adapters and not biases:
             return self.plain(x)
+        refuse_sequence_first(self, route)
+        refuse_unbatched(route, x.dim(), self.batched_dims(), "an input")
         matrix = self.base_matrix("weight") if adapters else self.base_weight("weight")
         terms = [self.term(a, matrix, rows.mask(name, x.device)) for name, a in adapters]
         whole = [term for term in terms if term is not None]
@@ -90,7 +112,4 @@ class TensorHost(Host):
 
 def finish_term(added: Tensor, base: Tensor, bias: Any, term: Term, gain: Tensor | None) -> Tensor:
     """`added` plus what the term's gain, shaped to multiply `base`, does to base and added together."""
-    if gain is None:
-        return added
-    plain = base if bias is None else base - bias
-    return added + (plain + added) * (gain - 1).to(base.dtype)
+    return added if gain is None else with_gain(added, base, bias, gain)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from veneer.attach import adapter_names, attached, hosts, routes
 from veneer.method import Adapter
+from veneer.plan import original
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,16 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def update_norms(model: nn.Module, name: str = "default") -> dict[str, float]:
     """‖new_weight(W) − W‖ / ‖W‖ (Frobenius) for every weight of an adapter, by weight name.
 
+    W is the base's own weight, also while something is merged into it; NaN where W is zero or was not kept.
     From the factors where there is no gain (no dense ΔW), else from the dense difference of one weight at a time.
     """
     out = {}
     for weight, adapter in attached(model, name):
-        matrix = weight.layout.matrix(weight.tensor.detach()).float()
+        own = original(weight)
+        if own is None:
+            out[weight.name] = float("nan")
+            continue
+        matrix = weight.layout.matrix(own.detach()).to(weight.tensor.device).float()
         norm = float(torch.linalg.vector_norm(matrix))
         out[weight.name] = float(_change(adapter, matrix)) / norm if norm else float("nan")
     return out

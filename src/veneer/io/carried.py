@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from veneer.io.fingerprint import original, same_values
+from veneer.io.fingerprint import same_values
 from veneer.io.records import Record
 from veneer.io.wrapped import whole
 from veneer.methods import Rows
-from veneer.plan import Weight
+from veneer.plan import Weight, original
 
 
 def reconcile(carried: Mapping[str, Tensor], weights: list[Weight],

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.hosts import Host
 from veneer.io.wrapped import is_sharded
 from veneer.method import Method, parse_dtype
 from veneer.methods import Full, Rows
-from veneer.plan import Weight
+from veneer.plan import Weight, original
 
 #: samples per model in all, and the least and most per weight
 _TOTAL, _LEAST, _MOST = 4096, 8, 256
@@ -94,20 +93,6 @@ def compare(saved: Fingerprint, weights: list[Weight]) -> list[str]:
         elif not same_values(then.values, now.values):
             out.append(f"base weight {name!r} has other values than the one this adapter was trained on")
     return out
-
-
-def original(weight: Weight) -> Tensor | None:
-    """The base's own values, also while something is merged into them; None when they are gone."""
-    for place in weight.places:
-        module = place.module
-        if isinstance(module, Host):
-            kept = module.veneer.kept.get(place.param)
-            if kept is not None:
-                return kept
-            # A tied weight is kept in the one place that was merged; look at all of them before giving up.
-    merged = any(isinstance(p.module, Host) and p.module.veneer.merged and not p.module.veneer.kept
-                 and p.param in p.module.veneer.layouts for p in weight.places)
-    return None if merged else weight.tensor
 
 
 @torch.no_grad()

@@ -18,9 +18,10 @@ from veneer.io.carried import reconcile
 from veneer.io.dialects import hf
 from veneer.io.fingerprint import compare
 from veneer.io.records import SHOWN, BaseMap, Record, base_map, base_weights, expected_tensors, near
-from veneer.io.wrapped import spread_like, unwrap
+from veneer.io.wrapped import spread_like
 from veneer.method import Method, VeneerError, method_to_dict, nearest
 from veneer.plan import Weight, resolve
+from veneer.wrappers import unwrap
 
 #: fields of a method that say how to train it, not what its tensors mean
 _TRAINING_ONLY = ("dropout", "init", "dtype")
@@ -47,10 +48,11 @@ class LoadReport:
 
 def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool = True, *,
          allow_pickle: bool = False) -> LoadReport:
-    """Put the adapter at `path` onto the model as `name`, live and trainable as after `attach`.
+    """Put the adapter at `path` onto the model as `name`.
 
     path: a directory that `save` or PEFT wrote, or a tensor file in it. A model without an adapter `name` gets
-    one by the file's own plan, in the file's dtypes; if it has one of the same plan, that is filled.
+    one by the file's own plan, in the file's dtypes, live and trainable as after `attach`. If it has one of the
+    same plan, that one's values are replaced, and it stays as live and as trainable as it was (see `activate`).
     strict: missing and unexpected tensors, wrong shapes, another base model raise one `VeneerError` that lists
     them with the nearest matches, and the model is as before. Otherwise they are listed in the report, and the
     weights that are whole are loaded. Never touches the network; pickle files only with `allow_pickle`, and
@@ -64,7 +66,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     records, unfit = _check(records, base)
     problems += unfit
     if stored.fingerprint is not None:
-        problems = _other_base(compare(stored.fingerprint, weights), len(weights)) + problems
+        problems = _other_base(compare(stored.fingerprint, weights), len(stored.fingerprint.samples)) + problems
     existing = name in adapter_names(model)
     if existing:
         problems += _against_existing(model, name, records)

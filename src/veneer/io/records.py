@@ -166,7 +166,7 @@ def _kind(place: Place) -> str:
 def _unusual(place: Place) -> str:
     conv: Any = place.module
     if not issubclass(place.host, ConvHost):
-        return ""
+        return "a forward of its own" if place.layout.shape.kernel else ""
     if conv.groups != 1:
         return f"groups={conv.groups}"
     if any(step != 1 for step in conv.dilation):

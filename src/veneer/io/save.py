@@ -21,8 +21,8 @@ from veneer.io.manifest import META_BASE, META_CONFIG, META_MANIFEST, Manifest
 from veneer.io.records import BaseMap, Record, base_map, base_weights, records_of
 from veneer.io.store import MANIFEST, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, generation
 from veneer.io.tensors import content_hash, read_metadata, write_tensors
-from veneer.io.wrapped import unwrap
 from veneer.method import VeneerError, nearest
+from veneer.wrappers import unwrap
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,11 @@
-"""Models inside wrappers and tensors spread over processes, as the files see them: bare and whole."""
+"""Tensors spread over processes, as the files see them: whole."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from torch import Tensor, nn
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, out of `torch.compile` and data-parallel wrappers, whose prefixes belong in no file."""
-    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and there once one is compiled
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif compiler is not None and isinstance(model, compiler.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
+from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -54,7 +54,7 @@ def choose(x: Tensor | None, weight: Tensor, terms: Sequence[Term]) -> Choice:
         return Choice("reference", "a row gain (DoRA) for some rows of the batch only")
     if len({term.dropout for term in terms}) > 1:
         return Choice("reference", "live adapters with different dropout")
-    if x is not None and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x is not None and x.dtype != weight.dtype and not _autocasts(x, weight):
         return Choice("reference", f"the input is {x.dtype} and the weight {weight.dtype}")
     return Choice("fused", "one product accumulates on the other" if len(terms) == 1
                   else f"{len(terms)} adapters concatenated into one call")
@@ -65,11 +65,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
     if choose(x, weight, terms).op == "reference":
         return reference.linear(x, weight, bias, terms)
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(x, weight):
         return _fused(x, weight, bias, terms)
     x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         return _fused(x, weight, bias, terms)
+
+
+def _autocasts(x: Tensor, weight: Tensor) -> bool:
+    """Autocast is on and would cast both; it leaves fp64 alone."""
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
 
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:

@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 
+def with_gain(added: Tensor, base: Tensor, bias: Tensor | None, gain: Tensor) -> Tensor:
+    """g·(z + a) − z for base = z + bias, in base's dtype; bias and gain are shaped to multiply base.
+
+    As a + (g − 1)·(z + a): a 16-bit g near 1 would lose what it was trained for.
+    """
+    plain = base if bias is None else base - bias.to(base.dtype)
+    added = added.to(base.dtype)
+    return added + (plain + added) * (gain - 1).to(base.dtype)
+
+
 def forward(t: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
     """g ∘ t + shift, in t's dtype; has t's bits where g is 1 and the shift 0 or None."""
     if _by_batch_norm(t, gain):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.ops.gain import with_gain
 from veneer.ops.term import Term
 
 
@@ -29,10 +30,7 @@ def contribution(x: Tensor, base: Tensor, bias: Tensor | None, term: Term) -> Te
     low = F.linear(inner, term.A.to(x.dtype))
     added = F.linear(low, (term.scale * term.B).to(x.dtype))
     if term.gain is not None:
-        plain = base if bias is None else base - bias.to(base.dtype)
-        added = added.to(base.dtype)
-        # g·(z + a) − z as a + (g − 1)·(z + a): a 16-bit g near 1 would lose what it was trained for.
-        added = added + (plain + added) * (term.gain - 1).to(base.dtype)
+        added = with_gain(added, base, bias, term.gain)
     if term.bias is not None:
         added = added + term.bias.to(added.dtype)
     if term.rows is not None:
