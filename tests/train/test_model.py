@@ -17,7 +17,7 @@ from veneer.train.batches import Collator
 from veneer.train.encode import Encoder
 from veneer.train.forms import examples_from_rows
 from veneer.train.loss import masked_loss
-from veneer.train.model import ModelError, correct_rope_theta, gguf_rope_theta, load_model
+from veneer.train.model import ModelError, _quiet_progress, correct_rope_theta, gguf_rope_theta, load_model
 from veneer.train.settings import ModelSettings
 
 
@@ -117,3 +117,20 @@ def test_the_embedded_model_learns() -> None:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_loading_bars_are_silent_and_come_back(capfd: pytest.CaptureFixture[str]) -> None:
+    from tqdm.auto import tqdm  # which transformers' GGUF reader draws its bar with
+    from transformers.utils import logging
+
+    def bars() -> str:
+        for bar in (tqdm, logging.tqdm):
+            list(bar(range(3), desc="Converting"))
+        return "".join(capfd.readouterr())
+
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    assert bars().count("Converting") >= 1
+    with _quiet_progress():
+        assert bars() == ""
+    assert (logging.is_progress_bar_enabled(), logging.get_verbosity()) == (shown, verbosity)
+    assert bars().count("Converting") >= 1
