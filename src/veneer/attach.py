@@ -66,7 +66,8 @@ def _known(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in names:
         if name not in present:
             have = ", ".join(map(repr, present)) or "none"
-            raise VeneerError(f"no adapter named {name!r} on this model{nearest(str(name), present)} It has: {have}")
+            hint = nearest(str(name), present) or "."
+            raise VeneerError(f"no adapter named {name!r} on this model{hint} It has: {have}")
     return names
 
 

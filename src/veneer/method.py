@@ -208,6 +208,19 @@ class Method:
         """State that all weights of a plan share (a vector bank, random bases), or None."""
         return None
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Method:
+        """The method from plain options by name; raises `VeneerError` on an unknown one, naming the nearest."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in fields:
+                hint = nearest(name, fields) or "."
+                raise VeneerError(f"method {cls.key!r} has no option {name!r}{hint} Options: {', '.join(fields)}")
+        try:
+            return cls(**options)
+        except TypeError as error:
+            raise VeneerError(f"method {cls.key!r}: {error}") from None
+
     @property
     def uses_input(self) -> bool:
         """The adapter needs the layer's input, not only its weight (dropout on the input, say)."""
@@ -249,7 +262,7 @@ def method_class(key: str) -> type[Method]:
     """The config class registered as `key`; `VeneerError` with the nearest name otherwise."""
     if key not in _REGISTRY:
         known = method_names()
-        raise VeneerError(f"unknown method {key!r}{nearest(key, known)} Known: {', '.join(known)}")
+        raise VeneerError(f"unknown method {key!r}{nearest(key, known) or '.'} Known: {', '.join(known)}")
     return _REGISTRY[key]
 
 
@@ -277,22 +290,14 @@ def method_from_dict(config: Mapping[str, Any]) -> Method:
     key = values.pop("method", None)
     if not isinstance(key, str):
         raise VeneerError(f"a method needs a key 'method' with one of: {', '.join(method_names())}; got {config!r}")
-    cls = method_class(key)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name, value in list(values.items()):
-        if name not in fields:
-            raise VeneerError(f"method {key!r} has no option {name!r}{nearest(name, fields)} "
-                              f"Options: {', '.join(fields)}")
+    for name, value in values.items():
         if isinstance(value, Mapping) and "method" in value:
             values[name] = method_from_dict(value)
         elif name == "dtype" and isinstance(value, str):
             values[name] = parse_dtype(value)
         elif isinstance(value, list):
             values[name] = tuple(value)
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise VeneerError(f"method {key!r}: {error}") from None
+    return method_class(key).from_options(values)
 
 
 def parse_dtype(text: str) -> torch.dtype:

@@ -188,7 +188,9 @@ class Plan:
                             r[3].rjust(widths[3]))).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         share = 100 * self.trainable_parameters / max(self.base_parameters, 1)
-        lines.append(f"{len(self.entries)} weights of {self.adaptable} adaptable matrices, "
+        matrices = sum(not entry.weight.layout.shape.is_vector for entry in self.entries)
+        lines.append(f"{matrices} of {self.adaptable} adaptable matrices"
+                     + (f" and {len(self.entries) - matrices} vectors, " if matrices < len(self.entries) else ", ") +
                      f"{self.trainable_parameters:,} trainable parameters "
                      f"({share:.3f}% of the base's {self.base_parameters:,})")
         if self.excluded:

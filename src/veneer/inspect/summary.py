@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach import adapter_names, attached, hosts, routes
-from veneer.method import Adapter
+from veneer.method import Adapter, VeneerError
 from veneer.plan import original
 
 
@@ -43,7 +43,19 @@ def adapters(model: nn.Module) -> dict[str, AdapterSummary]:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that an optimizer should be given: those that require a gradient, each once."""
+    """The parameters that an optimizer should be given: those that require a gradient, each once.
+
+    Of all adapters, live or not: an adapter that is not live gets no gradient and is not changed.
+    Raises `VeneerError` on a model without an adapter (its whole base would be trained), and on a merged one
+    (nothing would).
+    """
+    merged = [name for name, summary in adapters(model).items() if summary.merged]
+    if merged:
+        raise VeneerError(f"trainable: adapter {', '.join(map(repr, merged))} is merged into the base weights and "
+                          "cannot be trained; call veneer.unmerge(model) first")
+    if not adapter_names(model):
+        raise VeneerError("trainable: this model has no adapter, so that its whole base would be trained; call "
+                          "veneer.attach(model, …) first, or use model.parameters()")
     return [param for param in model.parameters() if param.requires_grad]
 
 

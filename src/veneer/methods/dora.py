@@ -13,11 +13,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.method import Adapter, Factors, Method, Shape, VeneerError, register, without_autocast
+from veneer.method import (
+    Adapter,
+    Factors,
+    Method,
+    Shape,
+    VeneerError,
+    method_from_dict,
+    register,
+    without_autocast,
+)
 
 
 @register("dora")
@@ -33,6 +43,13 @@ class DoRA(Method):
         if not inner.additive:
             raise VeneerError(f"DoRA wraps an additive method such as LoRA; {type(inner).__name__} is not one")
         object.__setattr__(self, "inner", inner)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Method:
+        """Options without `inner` are those of an inner LoRA: `{"method": "dora", "rank": 8}`."""
+        if "inner" in options:
+            return super().from_options(options)
+        return cls(method_from_dict({"method": "lora", **options}))
 
     def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> DoRAAdapter:
         return DoRAAdapter(self.inner.build(shape, dtype, shared), shape, dtype)
