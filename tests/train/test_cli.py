@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny import chat_rows, write_jsonl
+from tiny import chat_rows, tiny_model, write_jsonl
 
 import veneer
 from veneer.method import VeneerError
@@ -80,7 +81,8 @@ def test_plan_of_config_and_of_model(project: Path, model_folder: Path, capsys: 
     assert main(["plan", "config.yaml", "--set", "adapter.rank=2"]) == 0
     by_config = capsys.readouterr().out
     assert "LoRA(rank=2)" in by_config
-    assert "14 weights" in by_config
+    assert "14 of 15" in by_config
+    assert "3,712 trainable" in by_config
     assert main(["plan", "--model", str(model_folder), "--option", "rank=2"]) == 0
     assert capsys.readouterr().out == by_config
     assert main(["plan", "--model", str(model_folder), "--target", "*.q_porj"]) == 2
@@ -152,9 +154,61 @@ def test_chat_once_and_its_mistakes(trained: Path, capsys: pytest.CaptureFixture
     assert "so the base is unknown: name it with --model" in capsys.readouterr().err
 
 
+def test_the_base_is_found_in_the_adapters_own_files(
+    trained: Path, tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "elsewhere" / "mine"
+    shutil.copytree(trained, copied)
+    (copied.parent / "config.json").write_text('{"model_type": "llama"}')  # a model's, not a run's
+    assert base_settings(str(copied), None, None) == ModelSettings(name=str(model_folder))
+    assert main(["chat", "--adapter", str(copied), "--prompt", "say a", "--max-new-tokens", "4"]) == 0
+    assert main(["merge", str(copied / "adapter_model.safetensors"), "--output", "merged"]) == 0
+    (copied / "veneer.json").unlink()
+    assert base_settings(str(copied), None, None).name == str(model_folder)
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
+    capsys.readouterr()
+    assert main(["chat", "--adapter", str(copied), "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "'./gone': there is no such folder" in error
+    assert "names this base; give another with --model" in error
+
+
+def test_a_runs_folder_stands_for_its_adapter(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["info", str(trained)]) == 0
+    direct = capsys.readouterr().out
+    assert main(["info", "out"]) == 0
+    out = capsys.readouterr()
+    assert out.out.splitlines()[1:] == direct.splitlines()[1:]
+    assert out.err == "out is the folder of a run; its adapter is out/adapter\n"
+    assert main(["chat", "--adapter", "out", "--prompt", "say a", "--max-new-tokens", "2"]) == 0
+    assert main(["merge", "out", "--output", "merged"]) == 0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"veneer {veneer.__version__}\n"
+
+
+def test_an_adapter_of_another_model_is_refused_without_a_hint_for_python(
+    trained: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(tokenizer, seed=1).save_pretrained("other")
+    tokenizer.save_pretrained("other")
+    with pytest.raises(VeneerError, match="strict=False"):
+        main(["--debug", "chat", "--adapter", str(trained), "--model", "./other", "--prompt", "x"])
+    assert main(["chat", "--adapter", str(trained), "--model", "./other", "--prompt", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "another base model" in error
+    assert "strict" not in error
+
+
 def test_chat_switches_between_base_and_adapter(trained: Path, model_folder: Path) -> None:
     def chat(adapter: str | None) -> Chat:
-        options = argparse.Namespace(adapter=adapter, system=None, max_new_tokens=5)
+        options = argparse.Namespace(adapter=adapter, model=None, system=None, max_new_tokens=5)
         return Chat(ModelSettings(name=str(model_folder)), options)
 
     bare, both = chat(None).answer("say aaa"), chat(str(trained))

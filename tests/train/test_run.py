@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 from tiny import chat_rows, tiny_model, write_jsonl
 
 import veneer
-from veneer.train import checks, plots, run
+from veneer.train import checks, plots, report, run
 from veneer.train.evaluate import Answer, Evaluation
 from veneer.train.model import load_model
 from veneer.train.report import Results, write_report
 from veneer.train.schema import ConfigError
-from veneer.train.settings import ModelSettings, load_settings
+from veneer.train.settings import ModelSettings, TrainingSettings, load_settings
 
 
 def train(*overrides: str, **options: Any) -> Any:
@@ -28,7 +29,8 @@ def test_a_whole_run(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert results.after.loss < results.before.loss - 0.3
     assert [(check.name, check.passed) for check in results.checks] == [("reload", True), ("merge", True)]
     shown = capsys.readouterr().out
-    for expected in ("14 weights", "Held out before training: loss", "tokens/s", "exact match", "bit-equal",
+    for expected in ("14 of 15", "7,424 trainable", "Held out before training: loss", "tokens/s",
+                     "exact match", "bit-equal",
                      "of the largest logit (bar 1e-04)"):  # fmt: skip
         assert expected in shown
     assert len(re.findall(r"^request   say ", shown, re.MULTILINE)) == 3
@@ -103,9 +105,44 @@ def test_a_template_without_end_token_is_told(project: Path, capsys: pytest.Capt
     assert "will not learn to stop" not in capsys.readouterr().out
 
 
-def test_unknown_optimizer(project: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown training.optimizer 'adamw_trch'; did you mean 'adamw_torch'\?"):
-        train("training.optimizer=adamw_trch", "evaluation.generate=false")
+def test_output_directory_that_is_a_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("taken").write_text("x")
+    monkeypatch.setattr(run, "prepare", None)  # refused before anything is loaded
+    for directory in ("taken", "taken/below/it"):
+        for dry_run in (True, False):
+            with pytest.raises(ConfigError, match=f"output.directory '{directory}': 'taken' is a file, not"):
+                train(f"output.directory={directory}", dry_run=dry_run)
+
+
+@pytest.mark.parametrize("optimizer", typing.get_args(typing.get_type_hints(TrainingSettings)["optimizer"]))
+def test_every_optimizer_of_the_schema_trains(project: Path, optimizer: str) -> None:
+    found = train(f"training.optimizer={optimizer}", "training.max_steps=1", "evaluation.generate=false",
+                  "output.check_merge=false", "output.report=false")  # fmt: skip
+    assert max(found.norms.values()) > 0
+
+
+def _answers(rights: str) -> Evaluation:
+    answers = [Answer(prompt=str(i), answer=c, reference="+") for i, c in enumerate(rights)]
+    return Evaluation(loss=1.0, answers=answers)
+
+
+@pytest.mark.parametrize(
+    ("after", "samples", "prompts", "note"),
+    [
+        ("+++++-+-", 3, ["0", "1", "5"], "The first 2 held-out requests, and the first that is answered wrong"),
+        ("++++", 3, ["0", "1", "2"], "The first 3 held-out requests;"),
+        ("+-+-", 3, ["0", "1", "2"], "The first 3 held-out requests;"),
+        ("+-", 1, ["0"], "The first 1 held-out requests;"),
+        ("--++", 3, ["0", "1", "2"], "The first 3 held-out requests;"),
+    ],
+)
+def test_samples_show_a_wrong_answer_where_there_is_one(
+    after: str, samples: int, prompts: list[str], note: str
+) -> None:
+    results = Results(title="", before=_answers("-" * len(after)), after=_answers(after), samples=samples)
+    shown = report.samples(results)
+    assert [sample["prompt"] for sample in shown] == prompts
+    assert report.samples_note(shown).startswith(note)
 
 
 def test_plain_text_without_heldout(project: Path) -> None:

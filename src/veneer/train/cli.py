@@ -8,12 +8,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import veneer
 from veneer.method import VeneerError
+
+#: what the error of `veneer.load` says to callers of Python, and means nothing in a shell
+_PYTHON_HINT = ". strict=False loads what fits"
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="veneer", description="Thin trainable layers over a frozen PyTorch model.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"veneer {veneer.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="fine-tune a model as a YAML file says")
@@ -34,17 +39,17 @@ def build_parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     info = commands.add_parser("info", help="describe a saved adapter")
-    info.add_argument("path")
+    info.add_argument("path", help="an adapter, or the folder of a run of `veneer train`")
     info.set_defaults(run=_info)
 
     merge = commands.add_parser("merge", help="write the base model with an adapter merged into it")
-    merge.add_argument("adapter")
+    merge.add_argument("adapter", help="an adapter, or the folder of a run of `veneer train`")
     _base_arguments(merge)
     merge.add_argument("--output", required=True, metavar="DIR")
     merge.set_defaults(run=_merge)
 
     chat = commands.add_parser("chat", help="talk to a model with an adapter")
-    chat.add_argument("--adapter", help="a saved adapter; without it the bare model answers")
+    chat.add_argument("--adapter", help="a saved adapter or a run's folder; without it the bare model answers")
     _base_arguments(chat)
     chat.add_argument("--system", help="system message")
     chat.add_argument("--prompt", help="answer this once and stop")
@@ -54,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _base_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="the base model; default: the one `veneer train` noted beside the adapter")
+    parser.add_argument("--model", help="the base model; default: the one that the adapter was trained on")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or auto; default: as in training")
 
 
@@ -66,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VeneerError as error:
         if arguments.debug:
             raise
-        print(f"veneer: error: {error}", file=sys.stderr)
+        print(f"veneer: error: {str(error).replace(_PYTHON_HINT, '')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if arguments.debug:
@@ -96,7 +101,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    import veneer
     from veneer.train.config_file import parse_value
     from veneer.train.model import load_skeleton
     from veneer.train.schema import override
@@ -119,15 +123,24 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    import veneer
-
-    print(veneer.info(arguments.path))
+    print(veneer.info(_adapter(arguments.path)))
     return 0
+
+
+def _adapter(path: str) -> str:
+    """The adapter that `path` means."""
+    from veneer.train.adapter_files import find_adapter
+
+    found, remark = find_adapter(path)
+    if remark:
+        print(remark, file=sys.stderr)
+    return found
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from veneer.train.serve import base_settings, merge_to_folder
 
+    arguments.adapter = _adapter(arguments.adapter)
     path = merge_to_folder(base_settings(arguments.adapter, arguments.model, arguments.dtype), arguments)
     print(f"merged model: {path}")
     return 0
@@ -136,6 +149,8 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from veneer.train.serve import Chat, base_settings
 
+    if arguments.adapter is not None:
+        arguments.adapter = _adapter(arguments.adapter)
     chat = Chat(base_settings(arguments.adapter, arguments.model, arguments.dtype), arguments)
     if arguments.prompt is not None:
         print(chat.answer(arguments.prompt))

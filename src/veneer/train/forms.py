@@ -97,7 +97,9 @@ def parse_row(row: Any, place: str) -> Example:
         return Example(place=place, form="text", text=_text(row, "text"))
     known = ["messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text"]
     hints = [f"{key!r}{nearest(str(key), known)}" for key in row]
-    raise RowError(f"no known form; its fields: {', '.join(hints) or 'none'}. Known forms: {_FORMS}")
+    listed = ", ".join(hints) or "none"
+    stop = "" if listed.endswith("?") else "."
+    raise RowError(f"no known form; its fields: {listed}{stop} Known forms: {_FORMS}")
 
 
 def _alpaca(row: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -144,7 +146,7 @@ def _message(item: Any, where: str) -> Message:
     content = item.get("content", item.get("value"))
     if not isinstance(role, str) or role.lower() not in _ROLES:
         hint = nearest(role.lower(), _ROLES) if isinstance(role, str) else ""
-        raise RowError(f"{where} has the role {role!r}{hint} Known roles: {', '.join(_ROLES)}")
+        raise RowError(f"{where} has the role {role!r}{hint or '.'} Known roles: {', '.join(_ROLES)}")
     if not isinstance(content, str):
         raise RowError(f"{where} has no text content, got {_short(content)}")
     return {"role": _ROLES[role.lower()], "content": content}

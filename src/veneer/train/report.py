@@ -80,17 +80,31 @@ def _share(evaluation: Evaluation) -> str:
 
 
 def samples(results: Results) -> list[dict[str, Any]]:
-    """The first held-out prompts with both answers: not the best ones, the first ones."""
+    """The first held-out prompts with both answers. Where the adapter answers all of these right but not all others,
+    the last one gives way to the first that it answers wrong: a reader should see what goes wrong as well."""
     if results.before is None or results.after is None:
         return []
-    pairs = zip(results.before.answers, results.after.answers, strict=True)
+    pairs = list(zip(results.before.answers, results.after.answers, strict=True))
+    chosen = list(range(min(results.samples, len(pairs))))
+    wrong = next((i for i, (_, after) in enumerate(pairs) if not after.correct), -1)
+    if len(chosen) > 1 and wrong > chosen[-1]:
+        chosen[-1] = wrong
     return [
         {
             "prompt": b.prompt, "reference": b.reference, "before": b.answer, "after": a.answer,
             "before_right": b.correct, "after_right": a.correct,
         }
-        for b, a in list(pairs)[: results.samples]
+        for b, a in (pairs[i] for i in chosen)
     ]  # fmt: skip
+
+
+def samples_note(shown: list[dict[str, Any]]) -> str:
+    """How the samples were chosen."""
+    if len(shown) > 1 and not shown[-1]["after_right"] and all(s["after_right"] for s in shown[:-1]):
+        note = f"The first {len(shown) - 1} held-out requests, and the first that is answered wrong after training"
+    else:
+        note = f"The first {len(shown)} held-out requests"
+    return note + "; all are in answers.jsonl."
 
 
 def write_report(results: Results, path: Path) -> str | None:
@@ -104,11 +118,13 @@ def write_report(results: Results, path: Path) -> str | None:
         remark = str(error)
     template = (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    shown = samples(results)
     page = environment.from_string(template).render(
         title=results.title,
         subtitle=f"veneer {veneer.__version__}, {machine()}",
         comparison=comparison(results),
-        samples=samples(results),
+        samples=shown,
+        samples_note=samples_note(shown),
         # matplotlib's own output; everything else on the page is escaped
         loss_plot=require("markupsafe", "writing the report").Markup(drawn["loss_plot"]),
         norm_plot=require("markupsafe", "writing the report").Markup(drawn["norm_plot"]),

@@ -20,7 +20,7 @@ from veneer.train.extras import require
 from veneer.train.forms import Example
 from veneer.train.job import Job, prepare, show_dry_run, show_plan
 from veneer.train.model import pick_device
-from veneer.train.report import Results, comparison, samples, write_report, write_results
+from veneer.train.report import Results, comparison, samples, samples_note, write_report, write_results
 from veneer.train.schema import ConfigError
 from veneer.train.settings import Settings
 
@@ -38,6 +38,7 @@ def train(settings: Settings, dry_run: bool = False, resume: str | None = None) 
     console = Console()
     if settings.training.threads:
         torch.set_num_threads(settings.training.threads)
+    _check_directory(settings)
     checkpoint = None if dry_run else _prepare_directory(settings, resume)
     job = prepare(settings, console)
     show_plan(job)
@@ -51,6 +52,14 @@ def train(settings: Settings, dry_run: bool = False, resume: str | None = None) 
 
 
 # -- the run ----------------------------------------------------------------------------------------------------
+
+
+def _check_directory(settings: Settings) -> None:
+    """A file where the output directory, or one above it, should be."""
+    directory = Path(settings.output.directory)
+    there = next((path for path in (directory, *directory.parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ConfigError(f"output.directory {str(directory)!r}: {str(there)!r} is a file, not a directory")
 
 
 def _prepare_directory(settings: Settings, resume: str | None) -> str | None:
@@ -196,13 +205,19 @@ def _write(job: Job, results: Results) -> None:
     if rows:
         console.heading("Result")
         console.table(["", "before", "after"], [list(row) for row in rows])
-    for sample in samples(results):
+    shown = samples(results)
+    if shown:
+        console.heading("Sample answers")
+        console.say(samples_note(shown))
+    for sample in shown:
         console.say()
         console.say(f"request   {sample['prompt']}", style="bold")
-        console.say(f"before    {_clip(sample['before'])}", style="green" if sample["before_right"] else "red")
-        console.say(f"after     {_clip(sample['after'])}", style="green" if sample["after_right"] else "red")
+        for when in ("before", "after"):
+            right = sample[f"{when}_right"]
+            mark = "right" if right else "wrong"
+            console.say(f"{when:<8}  {mark}  {_clip(sample[when])}", style="green" if right else "red")
         if not sample["after_right"]:
-            console.say(f"expected  {_clip(sample['reference'])}")
+            console.say(f"expected         {_clip(sample['reference'])}")
     console.heading("Checks")
     for check in results.checks:
         mark, style = ("passed", "green") if check.passed else ("FAILED", "bold red")

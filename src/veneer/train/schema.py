@@ -43,9 +43,8 @@ def build(cls: type[T], values: Any, where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise ConfigError(
-                f"unknown key {key!r} in {place}{nearest(str(key), fields)} Known keys: {', '.join(fields)}"
-            )
+            hint = nearest(str(key), fields) or "."
+            raise ConfigError(f"unknown key {key!r} in {place}{hint} Known keys: {', '.join(fields)}")
     parsed = {}
     for key, value in values.items():
         full = f"{where}.{key}" if where else key

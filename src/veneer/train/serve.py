@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -15,10 +14,11 @@ import torch
 
 import veneer
 from veneer.method import VeneerError
+from veneer.train.adapter_files import named_base, run_config
 from veneer.train.encode import Encoder
 from veneer.train.extras import require
 from veneer.train.forms import Example
-from veneer.train.model import load_model, pick_device
+from veneer.train.model import Loaded, ModelError, load_model, pick_device
 from veneer.train.schema import build
 from veneer.train.settings import ModelSettings
 
@@ -27,23 +27,35 @@ _HELP = "/base: the bare model answers   /adapter: the adapter answers   /reset:
 
 
 def base_settings(adapter: str | None, model: str | None, dtype: str | None) -> ModelSettings:
-    """The base model: what the user names, else what `veneer train` wrote beside the adapter."""
+    """The base model: what the user names, else what `veneer train` wrote beside the adapter, else what the adapter's
+    own files name. Raises `VeneerError`."""
     values: dict[str, Any] = {"name": model} if model else {}
     if not model:
         if adapter is None:
             raise VeneerError("name the base model with --model, or an adapter with --adapter")
-        path = Path(adapter)
-        if not path.exists():
+        if not Path(adapter).exists():
             raise VeneerError(f"there is no adapter at {adapter!r}")
-        config = path.resolve().parent / "config.json"
-        if not config.is_file():
+        config, name = run_config(adapter), named_base(adapter)
+        if config is None and name is None:
             raise VeneerError(
-                f"beside {adapter!r} is no config.json of `veneer train`, so the base is unknown: name it with --model"
+                f"neither the files of {adapter!r} nor a config.json of `veneer train` beside it name the base model, "
+                "so the base is unknown: name it with --model"
             )
-        values = json.loads(config.read_text(encoding="utf-8"))["model"]
+        values = dict(config["model"]) if config is not None else {"name": name}
     if dtype:
         values["dtype"] = dtype
     return build(ModelSettings, values, "model")
+
+
+def _load_base(settings: ModelSettings, arguments: argparse.Namespace) -> Loaded:
+    """The base model; where the user did not name it and it cannot be found, the error says how to."""
+    try:
+        return load_model(settings)
+    except ModelError as error:
+        if arguments.model or arguments.adapter is None:
+            raise
+        hint = f"the adapter {arguments.adapter!r} names this base; give another with --model"
+        raise ModelError(f"{error}; {hint}") from error
 
 
 def merge_to_folder(settings: ModelSettings, arguments: argparse.Namespace) -> Path:
@@ -51,7 +63,7 @@ def merge_to_folder(settings: ModelSettings, arguments: argparse.Namespace) -> P
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise VeneerError(f"--output {str(output)!r} is there already and is not empty")
-    loaded = load_model(settings)
+    loaded = _load_base(settings, arguments)
     model: Any = loaded.model
     veneer.load(model, arguments.adapter, name=_NAME)
     veneer.merge(model, _NAME, keep=False)
@@ -72,7 +84,7 @@ class Chat:
     """A conversation with a model whose adapter can be switched off and on."""
 
     def __init__(self, settings: ModelSettings, arguments: argparse.Namespace) -> None:
-        loaded = load_model(settings)
+        loaded = _load_base(settings, arguments)
         self.model: Any = loaded.model
         self.tokenizer = loaded.tokenizer
         self.encoder = Encoder(tokenizer=loaded.tokenizer)
@@ -142,5 +154,4 @@ def _trained_system(adapter: str | None) -> str | None:
     """The system message of the training data, where a run noted one beside its adapter."""
     if adapter is None:
         return None
-    config = Path(adapter).resolve().parent / "config.json"
-    return json.loads(config.read_text(encoding="utf-8")).get("system") if config.is_file() else None
+    return (run_config(adapter) or {}).get("system")

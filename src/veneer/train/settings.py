@@ -73,7 +73,9 @@ class TrainingSettings:
     warmup_ratio: float = option(0.05, "Share of the steps in which it rises from 0.", minimum=0.0, maximum=1.0)
     weight_decay: float = option(0.0, "AdamW's weight decay.", minimum=0.0)
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 turns that off.", minimum=0.0)
-    optimizer: str = option("adamw_torch", "Any name of transformers' OptimizerNames.")
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd"] = option(
+        "adamw_torch", "Optimizer, by transformers' name; these need no further package."
+    )
     seed: int = option(0, "Seed of the data order and of dropout.", minimum=0)
     gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass to save memory.")
     log_every: int = option(5, "Steps between two entries in metrics.jsonl.", minimum=1)
@@ -138,9 +140,7 @@ def parse_settings(config: Mapping[str, Any], base: Path) -> Settings:
     """Settings from plain data; data paths are relative to `base`. Raises `ConfigError`."""
     for key in config:
         if key not in _KEYS:
-            raise ConfigError(
-                f"unknown section {key!r} in the config{nearest(str(key), _KEYS)} Sections: {', '.join(_KEYS)}"
-            )
+            raise _unknown_section(str(key))
     for key in ("model", "adapter", "data"):
         if key not in config:
             raise ConfigError(f"the config has no section {key!r}; needed: model, adapter, data")
@@ -154,6 +154,26 @@ def parse_settings(config: Mapping[str, Any], base: Path) -> Settings:
     )
     _check_together(settings)
     return settings
+
+
+def _unknown_section(key: str) -> ConfigError:
+    """The error for an unknown top-level key, which may be a key of a section that was not indented."""
+    keys = {"model": _names(ModelSettings), "adapter": _adapter_keys()}
+    keys |= {name: _names(cls) for name, cls in _SECTIONS.items()}
+    homes = [section for section, known in keys.items() if key in known]
+    if homes:
+        return ConfigError(f"{key!r} stands at the top of the config; it belongs into the section {' or '.join(homes)}")
+    hint = nearest(key, _KEYS) or "."
+    return ConfigError(f"unknown section {key!r} in the config{hint} Sections: {', '.join(_KEYS)}")
+
+
+def _names(cls: Any) -> set[str]:
+    return {field.name for field in fields(cls)}
+
+
+def _adapter_keys() -> set[str]:
+    options: set[str] = set().union(*(_names(method_class(key)) for key in method_names()))
+    return {"method", "rules", "targets", "name", "seed"} | options
 
 
 def parse_model(value: Any) -> ModelSettings:

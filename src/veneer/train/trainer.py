@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.attach import attached
-from veneer.method import VeneerError, nearest
+from veneer.method import VeneerError
 from veneer.train.batches import Collator, LengthGroupedSampler
 from veneer.train.encode import Encoded
 from veneer.train.evaluate import heldout_loss
 from veneer.train.loss import keeps_logits, masked_loss
-from veneer.train.schema import ConfigError
 from veneer.train.settings import EvaluationSettings, TrainingSettings
 
 LAST_GOOD = "last_good"
@@ -45,15 +44,7 @@ def training_arguments(
     training: TrainingSettings, evaluation: EvaluationSettings, directory: Path, steps: int
 ) -> transformers.TrainingArguments:
     """Our settings as transformers' arguments. Nothing is logged elsewhere and nothing is downloaded.
-
-    Raises `ConfigError` for an optimizer that transformers does not know.
     """
-    optimizers = [str(name.value) for name in transformers.training_args.OptimizerNames]
-    if training.optimizer not in optimizers:
-        raise ConfigError(
-            f"unknown training.optimizer {training.optimizer!r}{nearest(training.optimizer, optimizers)} "
-            f"Known: {', '.join(optimizers)}"
-        )
     known = {f.name for f in fields(transformers.TrainingArguments)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     arguments = transformers.TrainingArguments(
