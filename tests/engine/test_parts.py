@@ -236,3 +236,23 @@ def test_looking_does_not_disturb_a_forward_in_another_thread(model):
             stop.set()
             thread.join()
             sys.setswitchinterval(before)
+
+
+def test_trainable_refuses_what_would_train_everything_or_nothing(model):
+    with pytest.raises(VeneerError, match="this model has no adapter, so that its whole base would be trained"):
+        trainable(model)
+    attach(model, LoRA(rank=2))
+    merge(model)
+    with pytest.raises(VeneerError, match=r"'default' is merged into the base weights and cannot be trained; call "
+                                          r"veneer.unmerge\(model\) first"):
+        trainable(model)
+    unmerge(model)
+    assert len(trainable(model)) == 8
+
+
+def test_dora_takes_the_options_of_its_inner_lora():
+    from veneer.method import method_from_dict
+
+    assert method_from_dict({"method": "dora", "rank": 4, "alpha": 2}) == DoRA(LoRA(rank=4, alpha=2))
+    with pytest.raises(VeneerError, match="method 'lora' has no option 'rnk'; did you mean 'rank'"):
+        method_from_dict({"method": "dora", "rnk": 4})

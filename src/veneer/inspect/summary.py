@@ -46,14 +46,15 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that an optimizer should be given: those that require a gradient, each once.
 
     Of all adapters, live or not: an adapter that is not live gets no gradient and is not changed.
-    Raises `VeneerError` on a model without an adapter (its whole base would be trained), and on a merged one
-    (nothing would).
+    Raises `VeneerError` on a model without an adapter (its whole base would be trained), and where all adapters
+    are merged (nothing would).
     """
-    merged = [name for name, summary in adapters(model).items() if summary.merged]
-    if merged:
+    found = adapters(model)
+    merged = [name for name, summary in found.items() if summary.merged]
+    if merged and len(merged) == len(found):
         raise VeneerError(f"trainable: adapter {', '.join(map(repr, merged))} is merged into the base weights and "
                           "cannot be trained; call veneer.unmerge(model) first")
-    if not adapter_names(model):
+    if not found:
         raise VeneerError("trainable: this model has no adapter, so that its whole base would be trained; call "
                           "veneer.attach(model, …) first, or use model.parameters()")
     return [param for param in model.parameters() if param.requires_grad]
