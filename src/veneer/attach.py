@@ -13,8 +13,8 @@ from torch import nn
 from veneer.hosts import AttentionHost, Host
 from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
-from veneer.method import Adapter, Method, VeneerError, nearest, without_autocast
-from veneer.plan import Plan, PlanEntry, Rules, Weight, base_modules, plan_warning, scan
+from veneer.method import Adapter, Method, Shared, VeneerError, nearest, without_autocast
+from veneer.plan import Plan, Rules, Weight, base_modules, plan_warning, scan
 from veneer.route import Route, RowNames
 from veneer.storage import storage_of
 
@@ -60,6 +60,12 @@ def attached(model: nn.Module, name: str) -> list[Attached]:
     return found
 
 
+def shared_states(model: nn.Module, name: str) -> list[Shared]:
+    """What the adapters called `name` share, each state once, in the order of its first weight."""
+    states = (adapter.shared_state() for _, adapter in attached(model, name))
+    return list({id(state): state for state in states if state is not None}.values())
+
+
 def _known(model: nn.Module, names: Iterable[str]) -> list[str]:
     present = adapter_names(model)
     names = list(dict.fromkeys(names))
@@ -98,6 +104,20 @@ def _whole_ties(model: nn.Module, doing: str) -> None:
             if id(adapter) in ours:
                 raise VeneerError(f"{doing}: the weight of {ours[id(adapter)] or 'this module'!r} is tied to one "
                                   "outside the part of the model given; call this on the whole model")
+
+
+def _whole_shares(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to take off the adapter that owns what adapters outside of this part share with it."""
+    def states(host: Host) -> dict[int, str]:
+        return {id(a.shared_state()): n for n in names if n in host.adapters
+                for a in host.adapters[n].modules() if isinstance(a, Adapter) and a.shared_state() is not None}
+
+    outside = {key for host in _outside(model) for key in states(host)}
+    for name, host in hosts(model):
+        for key, adapter in states(host).items():
+            if key in outside:
+                raise VeneerError(f"detach: adapter {adapter!r} of {name or 'this module'!r} shares its state with "
+                                  "weights outside the part of the model given; call this on the whole model")
 
 
 def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: int = 0) -> nn.Module:
@@ -156,23 +176,32 @@ def _check_name(model: nn.Module, name: str) -> None:
 
 def _build(made: Plan, seed: int) -> list[Adapter]:
     """The adapters of a plan, filled, not yet attached."""
-    by_method: dict[Method, list[PlanEntry]] = {}
-    for entry in made.entries:
-        by_method.setdefault(entry.method, []).append(entry)
-    shared = {method: method.shared({e.name: e.weight.layout.shape for e in group}, seed)
-              for method, group in by_method.items()}
+    states: dict[Method, Shared | None] = {}
     adapters = []
     for entry in made.entries:
-        tensor, layout = entry.weight.tensor, entry.weight.layout
+        tensor, layout, method = entry.weight.tensor, entry.weight.layout, entry.method
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         with torch.device(tensor.device):
-            adapter = entry.method.build(layout.shape, dtype, shared[entry.method])
+            first = method not in states
+            if first:
+                states[method] = _shared(method, f"{seed}/shared/{len(states)}")
+            adapter = method.build(layout.shape, dtype, states[method])
+        if first and states[method] is not None:
+            adapter.own_shared()
         adapter.seed_key = f"{seed}/{entry.name}"
-        adapter.method = entry.method
+        adapter.method = method
         with torch.no_grad():
             adapter.initialise(layout.matrix(storage_of(tensor, entry.name).read(tensor)))
         adapters.append(adapter)
     return adapters
+
+
+def _shared(method: Method, seed_key: str) -> Shared | None:
+    state = method.shared()
+    if state is not None:
+        state.seed_key = seed_key
+        state.initialise()
+    return state
 
 
 def freeze_base(model: nn.Module, route: Route) -> None:
@@ -193,6 +222,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """
     names = adapter_names(model) if name is None else _known(model, [name])
     _whole_ties(model, "detach")
+    _whole_shares(model, names)
     merged = {n for _, host in hosts(model) for n in host.veneer.merged}
     if merged and name is not None and name not in merged:
         _no_merge(model, f"detach {name!r}")

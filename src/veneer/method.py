@@ -1,8 +1,9 @@
-"""The ground of the package: errors, `Shape`, the two abstract classes, and the registry of methods.
+"""The ground of the package: errors, `Shape`, the abstract classes, and the registry of methods.
 
 A *method* is a frozen config that says what the new weight is. An *adapter* is the `nn.Module` that holds
-one method's parameters for one weight. Neither ever sees a module of the base model: a weight reaches them
-as a matrix of shape (*batch, out, in).
+one method's parameters for one weight; what many adapters share (a vector bank, random bases) is a *shared
+state*. None of them ever sees a module of the base model: a weight reaches them as a matrix of shape
+(*batch, out, in).
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from veneer.forms import Form
 
 
 class VeneerError(ValueError):
@@ -63,12 +66,58 @@ class Shape:
         return (*self.batch, self.out, self.in_)
 
 
-class Factors(NamedTuple):
-    """ΔW = scale · B @ A, with A (*batch, r, in) and B (*batch, out, r), differentiable."""
+def seeded_generator(key: str) -> torch.Generator:
+    """A CPU generator seeded by a text: the same bits on every device and rank."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
-    A: Tensor
-    B: Tensor
-    scale: float
+
+class Shared(nn.Module):
+    """State that all adapters of one method in one `attach` share: trained, or frozen and made from a seed.
+
+    A subclass creates it in `__init__` and fills it in `reset`. The adapter of the plan's first weight owns it
+    (it is a submodule there, by the name `shared`); the others only know it, so that it is moved, trained and
+    saved once. Frozen tensors are non-persistent buffers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed_key = ""
+
+    def reset(self) -> None:
+        """Fill parameters and buffers, from `seeded_generator` or a seed of the method's own."""
+        raise NotImplementedError(f"{type(self).__name__} must define reset")
+
+    def on_meta(self) -> bool:
+        return any(t.is_meta for t in (*self.parameters(), *self.buffers()))
+
+    def initialise(self) -> None:
+        if not self.on_meta():
+            with torch.no_grad():
+                self.reset()
+
+    def progress(self) -> dict[str, Tensor]:
+        """What a training run must keep, beside the parameters, to go on bit for bit; not part of the adapter."""
+        return {}
+
+    def resume(self, progress: Mapping[str, Tensor]) -> None:
+        """Take up what `progress` gave."""
+
+    def notes(self) -> list[str]:
+        """Sentences about the state of training that whoever saves the adapter should read."""
+        return []
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Shared:
+        was_meta, before = self.on_meta(), dict(self._buffers)
+        super()._apply(fn, recurse)
+        if was_meta and not self.on_meta():  # `to_empty` after an attach on the meta device
+            self.initialise()
+            return self
+        for name, old in before.items():  # a cast of the model must not round what a seed stands for
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
 
 
 class Adapter(nn.Module):
@@ -81,6 +130,8 @@ class Adapter(nn.Module):
     """
 
     needs_weight: ClassVar[bool] = False
+    #: fresh from `attach`, the new weight is W itself
+    identity_at_start: ClassVar[bool] = True
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()
@@ -101,18 +152,18 @@ class Adapter(nn.Module):
 
     def delta(self) -> Tensor:
         """ΔW (*batch, out, in), differentiable."""
-        factors = self.factors()
-        if factors is None:
+        form = self.form()
+        if form is None:
             raise VeneerError(f"{type(self).__name__} is not additive: it has a new_weight but no delta")
-        return factors.scale * (factors.B @ factors.A)
+        return form.dense()
 
     def new_weight(self, weight: Tensor) -> Tensor:
         """The adapted weight (*batch, out, in), in the wider of W's and the adapter's dtype."""
         return weight + self.delta()
 
     # -- shortcuts a method may have ------------------------------------------------------------------
-    def factors(self) -> Factors | None:
-        """The factor pair, or None when this method has no low-rank form."""
+    def form(self) -> Form | None:
+        """ΔW as factors or as a Kronecker product, or None when it has no such form or none that pays."""
         return None
 
     def gain(self, weight: Tensor) -> Tensor | None:
@@ -131,11 +182,44 @@ class Adapter(nn.Module):
         """What this adapter adds to the layer's bias (out,), or None."""
         return None
 
+    # -- what happens to ΔW in training only ------------------------------------------------------------
+    def keep(self) -> Tensor | None:
+        """A factor for ΔW in one training forward, drawn anew by each call: for every output (out,), or (in,) where
+        `shape.lookup`, or for all of it (1,). None where nothing is ever dropped."""
+        return None
+
+    def dropped_weight(self, weight: Tensor, keep: Tensor) -> Tensor:
+        """`new_weight` with ΔW multiplied by `keep`."""
+        return weight + self.delta() * self._over_outputs(keep)
+
+    def _over_outputs(self, factor: Tensor) -> Tensor:
+        return factor.unsqueeze(-2 if self.shape.lookup else -1)
+
+    # -- what is shared, what is saved ------------------------------------------------------------------
+    def use(self, shared: Shared) -> None:
+        """Know the shared state without owning it: not registered as a submodule here."""
+        self.__dict__["_shared"] = shared
+
+    def own_shared(self) -> None:
+        """Become the one of the adapters in whose parameters and buffers the shared state is counted."""
+        self.shared = self.__dict__["_shared"]
+
+    def shared_state(self) -> Shared | None:
+        """What this adapter shares with others, whether it owns it or not."""
+        return self.__dict__.get("_shared")
+
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors that are saved, by name."""
+        return self.state_dict()
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values that `packed` gave. Parameters stay the objects they are."""
+        self.load_state_dict(tensors)
+
     # -- shared machinery -----------------------------------------------------------------------------
     def generator(self) -> torch.Generator:
         """A CPU generator seeded by (seed, weight name): the same bits on every device and rank."""
-        digest = hashlib.sha256(self.seed_key.encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return seeded_generator(self.seed_key)
 
     @property
     def _tied_weights_keys(self) -> dict[str, str]:
@@ -196,17 +280,28 @@ class Method:
                 parts.append(f"{f.name}={value!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
-    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> Adapter:
+    def settle(self, shapes: Mapping[str, Shape]) -> Method:
+        """This method with what depends on all the weights it is put on (name → shape) filled in.
+
+        What is saved is the settled method: it must not depend on other weights any more.
+        """
+        return self
+
+    def scheduled(self, steps: int) -> Method:
+        """This method for a training run of so many optimizer steps, where it follows a schedule."""
+        return self
+
+    def shared(self) -> Shared | None:
+        """New state, not yet filled, that all weights with this settled method in a plan share, or None."""
+        return None
+
+    def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> Adapter:
         """The adapter for one weight, parameters allocated on the current default device, not yet filled.
 
         `dtype` is the adapter's default (fp32 over a 16-bit base, else the base's); `shared` is what
-        `shared()` returned for this plan.
+        `shared()` returned for this plan, and None where only the parameters are to be counted.
         """
         raise NotImplementedError
-
-    def shared(self, shapes: Mapping[str, Shape], seed: int) -> nn.Module | None:
-        """State that all weights of a plan share (a vector bank, random bases), or None."""
-        return None
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Method:

@@ -17,7 +17,7 @@ from veneer.hosts import Host, Layout, host_of
 from veneer.hosts.attention import OutProjHost
 from veneer.hosts.parameter import ParameterHost
 from veneer.hosts.swap import has_own_forward
-from veneer.method import Method, VeneerError, VeneerWarning
+from veneer.method import Method, Shape, VeneerError, VeneerWarning
 from veneer.storage import storage_of
 from veneer.wrappers import unwrap
 
@@ -171,10 +171,11 @@ class Plan:
     excluded: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     adaptable: int = 0
+    shared_parameters: int = 0
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(entry.parameters for entry in self.entries)
+        return sum(entry.parameters for entry in self.entries) + self.shared_parameters
 
     def __str__(self) -> str:
         groups: dict[tuple[str, Method], list[PlanEntry]] = defaultdict(list)
@@ -187,6 +188,8 @@ class Plan:
         lines = ["  ".join((r[0].ljust(widths[0]), r[1].rjust(widths[1]), r[2].ljust(widths[2]),
                             r[3].rjust(widths[3]))).rstrip() for r in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
+        if self.shared_parameters:
+            lines.append(f"and {self.shared_parameters:,} that weights share")
         share = 100 * self.trainable_parameters / max(self.base_parameters, 1)
         matrices = sum(not entry.weight.layout.shape.is_vector for entry in self.entries)
         lines.append(f"{matrices} of {self.adaptable} adaptable matrices"
@@ -224,15 +227,31 @@ def plan_warning(model: nn.Module, rules: Rules) -> Plan:
 def resolve(model: nn.Module, weights: list[Weight], rules: Rules) -> Plan:
     """The plan for already scanned weights."""
     chosen, excluded = _bare(weights, rules) if isinstance(rules, Method) else _mapped(model, weights, rules)
-    entries = []
     for weight, (method, pattern) in chosen.items():
         _check(weight, method, pattern)
-        entries.append(PlanEntry(weight, method, pattern, _count(weight, method)))
+    settled = _settled(chosen)
+    entries = [PlanEntry(weight, settled[method], pattern, _count(weight, settled[method]))
+               for weight, (method, pattern) in chosen.items()]
     base = sum(weight.tensor.numel() for weight in weights)
     names = [weight.name for weight in excluded]
     adaptable = sum(not weight.layout.shape.is_vector for weight in weights)
     texts = _lazy(model, rules) + _uneven(weights, set(chosen), set(excluded))
-    return Plan(entries, base, names, texts, adaptable)
+    return Plan(entries, base, names, texts, adaptable, sum(map(_shared_count, dict.fromkeys(settled.values()))))
+
+
+def _settled(chosen: Mapping[Weight, tuple[Method, str]]) -> dict[Method, Method]:
+    """Each method with what depends on all of its weights filled in."""
+    groups: dict[Method, dict[str, Shape]] = defaultdict(dict)
+    for weight, (method, _) in chosen.items():
+        groups[method][weight.name] = weight.layout.shape
+    return {method: method.settle(shapes) for method, shapes in groups.items()}
+
+
+def _shared_count(method: Method) -> int:
+    """The trainable parameters that all weights of a settled method share."""
+    with torch.device("meta"):
+        shared = method.shared()
+    return 0 if shared is None else sum(p.numel() for p in shared.parameters())
 
 
 def _lazy(model: nn.Module, rules: Rules) -> list[str]:

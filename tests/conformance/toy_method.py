@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.method import Adapter, Method, Shape, register
+from veneer.method import Adapter, Method, Shape, Shared, register
 
 
 @register("circulant")
@@ -21,7 +21,7 @@ class Circulant(Method):
 
     scale: float = 1.0
 
-    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> Adapter:
+    def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> Adapter:
         return CirculantAdapter(self, shape, dtype)
 
 

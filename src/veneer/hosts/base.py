@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.forms import Form
 from veneer.method import Adapter, Shape, VeneerError, VeneerWarning
 from veneer.ops import Term
 from veneer.route import Route
@@ -54,7 +55,8 @@ class Layout:
 
     def stored(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
-        return (matrix.mT if self.transposed else matrix).reshape(self.native)
+        # Laid out in memory as the stored one is: another order of the same numbers can mean other bits of a product.
+        return (matrix.mT.contiguous() if self.transposed else matrix).reshape(self.native)
 
 
 class HostState:
@@ -175,23 +177,23 @@ class Host(nn.Module):
         """The base weight as (*batch, out, in)."""
         return self.veneer.layouts[param].matrix(self.base_weight(param))
 
-    def adapted_weight(self, param: str, adapters: Sequence[Adapter], wide: bool = False) -> Tensor:
-        """W + Σ (new_weight_i(W) − W) in the stored layout; `wide` computes and returns fp32 or wider."""
+    def adapted_weight(self, param: str, adapters: Sequence[Adapter], wide: bool = False,
+                       dropping: bool = False) -> Tensor:
+        """W + Σ (new_weight_i(W) − W) in the stored layout; `wide` computes and returns fp32 or wider; `dropping`
+        draws what is dropped of each ΔW in a training forward."""
         base = self.base_matrix(param)
         dtype = base.dtype
         if wide:
             dtype = torch.promote_types(dtype, torch.float32)
             base = base.to(dtype)
-        if len(adapters) == 1:
-            new = adapters[0].new_weight(base)
-        else:
-            new = base + sum(adapter.new_weight(base) - base for adapter in adapters)
+        news = [_new_weight(adapter, base, dropping) for adapter in adapters]
+        new = news[0] if len(news) == 1 else base + sum(each - base for each in news)
         return self.veneer.layouts[param].stored(new.to(dtype))
 
     def adapted_bias(self, names: Sequence[str | None] | None = None) -> Tensor | None:
         """The layer's bias with the adapters of that parameter applied, or the bias itself."""
         adapters = self.live("bias", names) if "bias" in self.veneer.layouts else []
-        return self.adapted_weight("bias", adapters) if adapters else self._parameters.get("bias")
+        return self.adapted_weight("bias", adapters, dropping=self.training) if adapters else self._parameters.get("bias")
 
     def explain(self, param: str) -> tuple[str, str]:
         """The path that parameter `param` takes under the route in force, and why."""
@@ -207,16 +209,27 @@ class Host(nn.Module):
         return "weight space", "the module's own forward reads the weight"
 
     # -- terms ------------------------------------------------------------------------------------------
+    def usable(self, form: Form) -> bool:
+        """Whether this layer can apply a change by its form, without the dense weight."""
+        return True
+
     def term(self, adapter: Adapter, weight: Tensor, rows: Tensor | None = None) -> Term | None:
-        """The adapter as a term of the ops, or None when it has no low-rank form."""
-        factors = adapter.factors()
-        if factors is None:
+        """The adapter as a term of the ops, or None when it has no form that this layer can use."""
+        form = adapter.form()
+        if form is None or not self.usable(form):
             return None
         gain = adapter.gain(weight)
-        if gain is not None and adapter.shape.lookup != self.lookup:
-            return None  # a gain over an embedding's columns is no gain over the outputs of the head tied to it
-        return Term(factors.A, factors.B, factors.scale, adapter.dropout if self.training else 0.0,
-                    gain, adapter.bias_delta(), rows)
+        # A factor for an embedding's columns is none for the outputs of the head tied to it.
+        astray = adapter.shape.lookup != self.lookup
+        keep = adapter.keep() if self.training else None
+        if astray and (gain is not None or (keep is not None and keep.numel() > 1)):
+            return None
+        return Term(form, adapter.dropout if self.training else 0.0, gain, adapter.bias_delta(), rows, keep)
+
+
+def _new_weight(adapter: Adapter, base: Tensor, dropping: bool) -> Tensor:
+    keep = adapter.keep() if dropping else None
+    return adapter.new_weight(base) if keep is None else adapter.dropped_weight(base, keep)
 
 
 def check_rows(route: Route, size: int) -> None:

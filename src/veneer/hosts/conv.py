@@ -2,7 +2,8 @@
 
 ΔW = s·B·A, with W flattened to (out, in/groups · kernel), is a convolution by A's r kernels followed by a
 1×1 convolution by B; with groups, A's kernels are repeated for every group, since B's rows of each group
-read that group's own r channels.
+read that group's own r channels. A Kronecker product is a convolution of every block of channels by `right`,
+and a mixture of the blocks by `left`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.forms import Factors, Form, Kronecker
 from veneer.hosts.base import Layout
 from veneer.hosts.tensor_host import TensorHost, finish_term
 from veneer.ops import Term
@@ -43,7 +46,9 @@ class ConvHost(TensorHost):
         spread = (-1, *([1] * (weight.dim() - 2)))
         base_bias = None if bias is None else bias.reshape(spread)
         for term in terms:
-            added = self._low_rank(x, weight, term)
+            added = self._small(x, weight, term)
+            if term.keep is not None:
+                added = added * term.keep.to(added.dtype).reshape(spread)
             gain = None if term.gain is None else term.gain.reshape(spread)
             added = finish_term(added.to(base.dtype), base, base_bias, term, gain)
             if term.bias is not None:
@@ -51,13 +56,33 @@ class ConvHost(TensorHost):
             y = y + (added if term.rows is None else added * row_factor(term.rows, added))
         return y
 
-    def _low_rank(self, x: Tensor, weight: Tensor, term: Term) -> Tensor:
+    def usable(self, form: Form) -> bool:
+        # A Kronecker product splits the input channels, which groups split in another way.
+        return isinstance(form, Factors) or cast(Any, self).groups == 1
+
+    def _small(self, x: Tensor, weight: Tensor, term: Term) -> Tensor:
+        inner = F.dropout(x, term.dropout) if term.dropout else x
+        if isinstance(term.form, Factors):
+            return self._low_rank(inner, weight, term.form.folded())
+        return self._kronecker(inner, weight, term.form)
+
+    def _low_rank(self, x: Tensor, weight: Tensor, pair: Factors) -> Tensor:
         conv = cast(Any, self)
         dims = weight.dim() - 2
         groups: int = conv.groups
-        inner = F.dropout(x, term.dropout) if term.dropout else x
-        A = term.A.to(x.dtype).reshape(-1, *weight.shape[1:])
-        low = conv._conv_forward(inner, A.repeat(groups, *([1] * (dims + 1))), None)
-        B = (term.scale * term.B).to(low.dtype).reshape(*term.B.shape, *([1] * dims))
+        A = pair.A.to(x.dtype).reshape(-1, *weight.shape[1:])
+        low = conv._conv_forward(x, A.repeat(groups, *([1] * (dims + 1))), None)
+        B = (pair.scale * pair.B).to(low.dtype).reshape(*pair.B.shape, *([1] * dims))
         conv_nd = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
         return conv_nd(low, B, groups=groups)
+
+    def _kronecker(self, x: Tensor, weight: Tensor, form: Kronecker) -> Tensor:
+        """`right`'s kernels over every block of input channels, then `left` over the blocks."""
+        conv = cast(Any, self)
+        o1, i1 = form.left.shape
+        blocks = x.reshape(-1, x.shape[-weight.dim() + 1] // i1, *x.shape[-weight.dim() + 2:])
+        right = form.right.to(x.dtype).reshape(form.right.shape[0], blocks.shape[1], *weight.shape[2:])
+        half = conv._conv_forward(blocks, right, None)
+        whole = torch.matmul((form.scale * form.left).to(half.dtype), half.reshape(-1, i1, half[0].numel()))
+        lead = x.shape[:1] if x.dim() == weight.dim() else ()
+        return whole.reshape(*lead, o1 * form.right.shape[0], *half.shape[2:])

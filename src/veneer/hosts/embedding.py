@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.forms import Factors, Form
 from veneer.hosts.base import Layout
 from veneer.hosts.tensor_host import TensorHost, finish_term
 from veneer.method import Adapter
@@ -75,15 +76,26 @@ class EmbeddingHost(TensorHost):
     def _add(self, x: Tensor, base: Tensor, terms: Sequence[Term]) -> Tensor:
         y = base
         for term in terms:
-            low = self._look_up(x, term.B.to(base.dtype))
-            added = low @ (term.scale * term.A).to(low.dtype)
+            added = self._small(x, base, term.form)
             if term.dropout:
                 added = added * F.dropout(torch.ones(*x.shape, 1, dtype=added.dtype, device=x.device), term.dropout)
+            if term.keep is not None:
+                added = added * term.keep.to(added.dtype)
             added = finish_term(added, base, None, term, term.gain)
             if cast(Any, self).padding_idx is not None:  # the row of the padding is never trained, by no parameter
                 added = torch.where((x == cast(Any, self).padding_idx).unsqueeze(-1), added.detach(), added)
             y = y + (added if term.rows is None else added * row_factor(term.rows, added))
         return y
+
+    def _small(self, ids: Tensor, base: Tensor, form: Form) -> Tensor:
+        """The rows `ids` of ΔW."""
+        if isinstance(form, Factors):
+            A, B, scale, _ = form.folded()
+            return self._look_up(ids, B.to(base.dtype)) @ (scale * A).to(base.dtype)
+        block = form.right.shape[0]  # row o of left ⊗ right is row o // block of the one times row o % block of the other
+        left = F.embedding(ids // block, (form.scale * form.left).to(base.dtype))
+        right = F.embedding(ids % block, form.right.to(base.dtype))
+        return (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
 
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
         table = cast(Any, self)

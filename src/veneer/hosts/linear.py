@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,7 +29,11 @@ class LinearHost(TensorHost):
 
     def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
         matrix = weight.mT if self.transposed else weight  # an adapter of the bias alone brings no layout of W
-        return ops.linear(x, matrix, bias, terms) if terms else F.linear(x, matrix, bias)
+        return ops.linear(x, matrix, bias, terms) if terms else self._plain(x, weight, bias)
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's own operation, with another weight: its bits are those of the layer."""
+        return F.linear(x, weight, bias)
 
     def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
         return ops.choose(None, self.base_matrix("weight"), terms)
@@ -41,6 +46,11 @@ class Conv1DHost(LinearHost):
 
     def forward(self, x: Tensor) -> Tensor:  # by the name that Conv1D gives its input
         return super().forward(x)
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        return y.view(*x.shape[:-1], weight.shape[1])
 
     @classmethod
     def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:

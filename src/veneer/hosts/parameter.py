@@ -83,7 +83,7 @@ class ParameterHost(Host):
         for param in self.veneer.layouts:
             adapters = self.live(param, names)
             if adapters:
-                found[param] = self.adapted_weight(param, adapters)
+                found[param] = self.adapted_weight(param, adapters, dropping=self.training)
         return found
 
 

@@ -18,7 +18,7 @@ from veneer.route import Route
 
 
 class TensorHost(Host):
-    """A subclass says how to apply the base weight with low-rank terms, and how to apply another weight."""
+    """A subclass says how to apply the base weight with terms, and how to apply another weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         route = self.route_now()
@@ -39,7 +39,7 @@ class TensorHost(Host):
     def explain_live(self, param: str, adapters: Sequence[Adapter]) -> tuple[str, str]:
         terms, dense = self._sort(adapters) if param == "weight" else ([], list(adapters))
         if dense:
-            return "weight space", f"{type(dense[0]).__name__} has no low-rank form here"
+            return "weight space", f"{type(dense[0]).__name__} has no shortcut here"
         rows = self.veneer.route.rows
         routed_bias = rows is not None and "bias" in self.veneer.layouts and self.live("bias", rows.distinct)
         if rows is not None and not routed_bias:  # else the rows go through one by one, each without a mask
@@ -70,11 +70,11 @@ class TensorHost(Host):
         weight = self.base_weight("weight")
         terms, dense = self._sort(adapters)
         if dense:
-            weight = self.adapted_weight("weight", dense)
+            weight = self.adapted_weight("weight", dense, dropping=self.training)
         return self.with_terms(x, weight, bias, terms)
 
     def _sort(self, adapters: Sequence[Adapter]) -> tuple[list[Term], list[Adapter]]:
-        """Adapters with a low-rank form as terms, the others as they are (for weight space)."""
+        """Adapters with a form that pays as terms, the others as they are (for weight space)."""
         matrix = self.base_matrix("weight") if adapters else None
         pairs = [(adapter, self.term(adapter, matrix)) for adapter in adapters]  # type: ignore[arg-type]
         dense = [adapter for adapter, term in pairs if term is None]

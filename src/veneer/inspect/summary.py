@@ -65,7 +65,7 @@ def update_norms(model: nn.Module, name: str = "default") -> dict[str, float]:
     """‖new_weight(W) − W‖ / ‖W‖ (Frobenius) for every weight of an adapter, by weight name.
 
     W is the base's own weight, also while something is merged into it; NaN where W is zero or was not kept.
-    From the factors where there is no gain (no dense ΔW), else from the dense difference of one weight at a time.
+    From ΔW's form where it has one and there is no gain, else from the dense difference of one weight at a time.
     """
     out = {}
     for weight, adapter in attached(model, name):
@@ -80,13 +80,11 @@ def update_norms(model: nn.Module, name: str = "default") -> dict[str, float]:
 
 
 def _change(adapter: Adapter, matrix: Tensor) -> Tensor:
-    factors = adapter.factors()
-    if factors is None or adapter.gain(matrix) is not None:
+    form = adapter.form()
+    if form is None or adapter.gain(matrix) is not None:
         return torch.linalg.vector_norm(adapter.new_weight(matrix) - matrix)
-    A, B = factors.A.float(), factors.B.float()
-    # ‖BA‖² = tr((BᵀB)(AAᵀ)), r × r
-    square = ((B.mT @ B) * (A @ A.mT)).sum()
-    return square.clamp_min(0).sqrt() * abs(factors.scale)
+    # What ΔW adds to rows of zeros is its own square.
+    return form.added_square(torch.zeros_like(matrix), torch.float32).sum().clamp_min(0).sqrt()
 
 
 def _distinct(items) -> list[nn.Parameter]:

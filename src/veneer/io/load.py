@@ -118,6 +118,7 @@ def _check(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str
     """The records that fit the base whole, and what is wrong with the others."""
     good: list[Record] = []
     problems: list[str] = []
+    owners = _owners(records, base)
     for record in records:
         site = base.sites.get(record.name)
         if site is None:
@@ -128,11 +129,21 @@ def _check(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str
         if reason is not None:
             problems.append(f"{type(record.method).__name__} cannot adapt {record.name!r}: {reason}")
             continue
-        wrong = _wrong_tensors(record, expected_tensors(record.method, site.layout))
+        wrong = _wrong_tensors(record, expected_tensors(record.method, site.layout, record.name in owners))
         problems += wrong
         if not wrong:
             good.append(dataclasses.replace(record, method=_with_dtype(record, site.dtype)))
     return good, problems
+
+
+def _owners(records: list[Record], base: BaseMap) -> set[str]:
+    """The first weight, in the model's order, of each method."""
+    methods = {record.name: record.method for record in records}
+    first: dict[Method, str] = {}
+    for name in base.sites:
+        if name in methods:
+            first.setdefault(methods[name], name)
+    return set(first.values())
 
 
 def _wrong_tensors(record: Record, expected: Mapping[str, Tensor]) -> list[str]:
@@ -185,7 +196,7 @@ def _against_existing(model: nn.Module, name: str, records: list[Record]) -> lis
             problems.append(f"{record.name!r} is {record.method} in the file and {adapter.method} on this model")
             records.remove(record)
         else:
-            problems += _narrowed(record, adapter.state_dict())
+            problems += _narrowed(record, adapter.packed())
     return problems + [f"missing: {rest!r}, which adapter {name!r} on this model is on, is not in the file"
                        for rest in there]
 
@@ -231,7 +242,7 @@ def _fill(model: nn.Module, name: str, records: list[Record]) -> int:
     for weight, adapter in attached(model, name):
         if weight.name in tensors:
             own = adapter.state_dict()
-            adapter.load_state_dict({k: spread_like(t, own[k]) for k, t in tensors[weight.name].items()})
+            adapter.unpack({k: spread_like(t, own[k]) if k in own else t for k, t in tensors[weight.name].items()})
             adapter.pending = False
             filled += 1
     return filled

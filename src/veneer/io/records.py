@@ -131,7 +131,7 @@ def records_of(model: nn.Module, name: str) -> list[Record]:
             raise VeneerError(f"save: the adapter of {weight.name!r} is on the meta device and has no values yet; "
                               "call model.to_empty(device=...) and load the base weights first")
         assert adapter.method is not None
-        tensors = {key: whole(value.detach()) for key, value in adapter.state_dict().items()}
+        tensors = {key: whole(value.detach()) for key, value in adapter.packed().items()}
         found.append(Record(weight.name, adapter.method, tensors))
     return found
 
@@ -145,10 +145,17 @@ def near(word: str, known: Iterable[str], problems: list[str]) -> str:
     return nearest(word, known) if len(problems) < SHOWN else ""
 
 
-def expected_tensors(method: Method, layout: Layout) -> dict[str, Tensor]:
-    """What an adapter of this method on this weight consists of: meta tensors by name."""
+def expected_tensors(method: Method, layout: Layout, owner: bool) -> dict[str, Tensor]:
+    """What an adapter of this settled method on this weight consists of: meta tensors by name.
+
+    owner: of the weights with this method, it is the first, with which the state that all share is saved.
+    """
     with torch.device("meta"):
-        return dict(method.build(layout.shape, torch.float32).state_dict())
+        shared = method.shared()
+        adapter = method.build(layout.shape, torch.float32, shared)
+        if owner and shared is not None:
+            adapter.own_shared()
+        return dict(adapter.packed())
 
 
 def _site(weight: Weight) -> Site:

@@ -1,11 +1,8 @@
 """DoRA: W' = (m / ‖W + ΔW‖_row) ∘ (W + ΔW), a trained length for every output (Liu et al. 2024,
 arXiv:2402.09353), around any additive method. Outputs are the rows of W, but the columns of an embedding.
 
-The norm is a constant for the gradient (§4.3 of the paper). With factors it never needs a dense ΔW:
-
-    ‖W + sBA‖² = ‖W‖² + 2s·rowsum(B ∘ (W Aᵀ)) + s²·rowsum((B (A Aᵀ)) ∘ B)
-
-‖W‖² is kept; what is added up is added up in fp32 or wider.
+The norm is a constant for the gradient (§4.3 of the paper). Where ΔW has a form it is never spread out for the norm:
+‖W + ΔW‖² = ‖W‖² + what `added_square` of the form gives. ‖W‖² is kept; sums are in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -18,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.forms import Form
 from veneer.method import (
     Adapter,
-    Factors,
     Method,
     Shape,
+    Shared,
     VeneerError,
     method_from_dict,
     register,
@@ -51,11 +49,17 @@ class DoRA(Method):
             return super().from_options(options)
         return cls(method_from_dict({"method": "lora", **options}))
 
-    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> DoRAAdapter:
-        return DoRAAdapter(self.inner.build(shape, dtype, shared), shape, dtype)
+    def settle(self, shapes: Mapping[str, Shape]) -> Method:
+        return DoRA(self.inner.settle(shapes))
 
-    def shared(self, shapes: Mapping[str, Shape], seed: int) -> nn.Module | None:
-        return self.inner.shared(shapes, seed)
+    def scheduled(self, steps: int) -> Method:
+        return DoRA(self.inner.scheduled(steps))
+
+    def shared(self) -> Shared | None:
+        return self.inner.shared()
+
+    def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> DoRAAdapter:
+        return DoRAAdapter(self.inner.build(shape, dtype, shared), shape, dtype)
 
     @property
     def uses_input(self) -> bool:
@@ -100,14 +104,34 @@ class DoRAAdapter(Adapter):
         self.magnitude.copy_(self._row_norm(weight))
 
     def new_weight(self, weight: Tensor) -> Tensor:
-        gain = self.gain(weight).unsqueeze(-2 if self.shape.lookup else -1)
-        return gain * self.inner.new_weight(weight)
+        return self._over_outputs(self.gain(weight)) * self.inner.new_weight(weight)
 
     def delta(self) -> Tensor:
         raise VeneerError("DoRA is not additive: its change of W depends on W; use new_weight(W) - W")
 
-    def factors(self) -> Factors | None:
-        return self.inner.factors()
+    def form(self) -> Form | None:
+        return self.inner.form()
+
+    def keep(self) -> Tensor | None:
+        return self.inner.keep()
+
+    def dropped_weight(self, weight: Tensor, keep: Tensor) -> Tensor:
+        return self._over_outputs(self.gain(weight)) * self.inner.dropped_weight(weight, keep)
+
+    def own_shared(self) -> None:
+        self.inner.own_shared()
+
+    def shared_state(self) -> Shared | None:
+        return self.inner.shared_state()
+
+    def packed(self) -> dict[str, Tensor]:
+        inner = {f"inner.{key}": tensor for key, tensor in self.inner.packed().items()}
+        return {"magnitude": self.magnitude.detach(), **inner}
+
+    def unpack(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.magnitude.copy_(tensors["magnitude"])
+        self.inner.unpack({k.removeprefix("inner."): t for k, t in tensors.items() if k != "magnitude"})
 
     def bias_delta(self) -> Tensor | None:
         return self.inner.bias_delta()
@@ -129,7 +153,7 @@ class DoRAAdapter(Adapter):
             self._cache.pop("norm", None)
             with torch.no_grad(), without_autocast(weight):
                 return self._row_norm(weight)
-        own = list(self.inner.parameters())
+        own = self._numbers()
         held = self._cache.get("norm")
         if held is None or held[0] != _Stamp(weight) or not all(map(torch.equal, held[1], own)):
             with without_autocast(weight):
@@ -137,21 +161,21 @@ class DoRAAdapter(Adapter):
             self._cache["norm"] = held
         return held[2]
 
+    def _numbers(self) -> list[Tensor]:
+        """All numbers that ΔW depends on."""
+        shared = self.shared_state()
+        return list({id(t): t for m in (self.inner, shared) if m is not None
+                     for t in (*m.parameters(), *m.buffers())}.values())
+
     def _row_norm(self, weight: Tensor) -> Tensor:
-        factors = self.inner.factors()
+        form = self.inner.form()
         wide = torch.promote_types(self.magnitude.dtype, torch.float32)
-        if factors is None:
+        if form is None:
             new = self.inner.new_weight(weight.to(wide))
             return torch.linalg.vector_norm(new, dim=-2 if self.shape.lookup else -1, dtype=wide)
-        A, B = factors.A.detach().to(wide), factors.B.detach().to(wide)
         if self.shape.lookup:
-            weight, A, B = weight.mT, B.mT, A.mT
-        # The product with W runs in W's dtype (a fast matmul with wide accumulators); the sums are wide.
-        cross = (weight @ A.to(weight.dtype).mT).to(wide)
-        inner = B @ (A @ A.mT)
-        # Not add_(cross, alpha=…): torch 2.13's inductor turns the sum of two products into one kernel without alpha.
-        inner.mul_(factors.scale**2).add_(cross.mul_(2 * factors.scale))
-        square = inner.mul_(B).sum(-1).add_(self._base_square(weight, wide))
+            weight, form = weight.mT, form.turned()
+        square = form.added_square(weight, wide).add_(self._base_square(weight, wide))
         return square.clamp_min_(0).sqrt_()
 
     def _base_square(self, weight: Tensor, wide: torch.dtype) -> Tensor:

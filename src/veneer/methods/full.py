@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.method import Adapter, Method, Shape, register
+from veneer.method import Adapter, Method, Shape, Shared, register
 from veneer.methods.options import as_dtype
 
 
@@ -26,7 +26,7 @@ class Full(Method):
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", as_dtype("Full", self.dtype))
 
-    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> FullAdapter:
+    def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> FullAdapter:
         return FullAdapter(shape, self.dtype or dtype)
 
     def refusal(self, shape: Shape) -> str | None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from veneer.forms import Factors
 from veneer.inits.random import check_init, init_factors
 from veneer.method import (
     Adapter,
-    Factors,
     Method,
     Shape,
+    Shared,
     check_positive_int,
     check_probability,
     register,
@@ -71,7 +72,7 @@ class LoRA(Method):
     def adds_bias(self) -> bool:
         return self.bias
 
-    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> LoRAAdapter:
+    def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> LoRAAdapter:
         return LoRAAdapter(self, shape, self.dtype or dtype)
 
 
@@ -91,7 +92,7 @@ class LoRAAdapter(Adapter):
         if self.bias is not None:
             self.bias.zero_()
 
-    def factors(self) -> Factors:
+    def form(self) -> Factors:
         return Factors(self.A, self.B, self.scale)
 
     def bias_delta(self) -> Tensor | None:

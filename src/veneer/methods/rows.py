@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.method import Adapter, Method, Shape, VeneerError, register
+from veneer.method import Adapter, Method, Shape, Shared, VeneerError, register
 from veneer.methods.options import as_dtype
 
 
@@ -30,7 +30,7 @@ class Rows(Method):
         object.__setattr__(self, "ids", _row_numbers(ids))
         object.__setattr__(self, "dtype", as_dtype("Rows", dtype))
 
-    def build(self, shape: Shape, dtype: torch.dtype, shared: nn.Module | None = None) -> RowsAdapter:
+    def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> RowsAdapter:
         return RowsAdapter(self, shape, self.dtype or dtype)
 
     def refusal(self, shape: Shape) -> str | None:

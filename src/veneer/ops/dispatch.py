@@ -9,18 +9,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from veneer.forms import Factors, Kronecker
 from veneer.method import VeneerError, nearest
 from veneer.ops import reference
 from veneer.ops.dropout import Dropped
 from veneer.ops.fused import FusedLinear
+from veneer.ops.sides import Dense, LowRank, Product, Run, Side
 from veneer.ops.term import Term
+
+#: below this rank the products are cheap, and W' is not worth its memory
+_SPREAD_FROM = 64
 
 _MODES = ("auto", "reference")
 _mode = "auto"
 
 
 class Choice(NamedTuple):
-    """`op` is "fused" or "reference"; `why` is a sentence for a person."""
+    """`op` is "fused", "dense" (fused, with ΔW spread out once) or "reference"; `why` is a sentence for a person."""
 
     op: str
     why: str
@@ -54,22 +59,52 @@ def choose(x: Tensor | None, weight: Tensor, terms: Sequence[Term]) -> Choice:
         return Choice("reference", "a row gain (DoRA) for some rows of the batch only")
     if len({term.dropout for term in terms}) > 1:
         return Choice("reference", "live adapters with different dropout")
+    if any(isinstance(term.form, Kronecker) for term in terms):
+        if len(terms) > 1:
+            return Choice("reference", "several live adapters, one of them a Kronecker product")
+        if terms[0].keep is not None and terms[0].keep.numel() > 1:
+            return Choice("reference", "outputs of a Kronecker product are dropped one by one")
     if x is not None and x.dtype != weight.dtype and not _autocasts(x, weight):
         return Choice("reference", f"the input is {x.dtype} and the weight {weight.dtype}")
+    if x is not None and len(terms) == 1 and _spreads(x, weight, terms[0]):
+        return Choice("dense", f"a rank of {_rank(terms[0])} costs more per row than W + ΔW does once")
     return Choice("fused", "one product accumulates on the other" if len(terms) == 1
                   else f"{len(terms)} adapters concatenated into one call")
 
 
+def _rank(term: Term) -> int:
+    return term.form.A.shape[0] if isinstance(term.form, Factors) else 0
+
+
+def _spreads(x: Tensor, weight: Tensor, term: Term) -> bool:
+    """Whether W' = W + ΔW, made once, costs fewer multiplications than the low-rank products of every row.
+
+    Only in fp32 and wider: in 16 bit W' would round away a ΔW that the products keep.
+    """
+    if not isinstance(term.form, Factors) or term.dropout or term.rows is not None or x.dtype.itemsize < 4:
+        return False
+    form = term.form
+    rank, rows, (out, in_) = _rank(term), x.shape[:-1].numel(), weight.shape
+    if rank < max(_SPREAD_FROM, min(out, in_) // 2):
+        return False
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (form.A, form.B, form.mid))
+    again = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (form.B, form.mid))
+    products = rows * rank * (in_ + out) * (2 if torch.is_grad_enabled() else 1)
+    once = out * in_ * rank + rows * rank * (out * trains + in_ * again)
+    return once < products
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
     """x (…, in) through weight (out, in), bias (out,) and the terms → (…, out)."""
-    if choose(x, weight, terms).op == "reference":
+    op = choose(x, weight, terms).op
+    if op == "reference":
         return reference.linear(x, weight, bias, terms)
     device = x.device.type
     if not _autocasts(x, weight):
-        return _fused(x, weight, bias, terms)
+        return _fused(x, weight, bias, terms, op)
     x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _fused(x, weight, bias, terms)
+        return _fused(x, weight, bias, terms, "fused")
 
 
 def _autocasts(x: Tensor, weight: Tensor) -> bool:
@@ -77,20 +112,26 @@ def _autocasts(x: Tensor, weight: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term], op: str) -> Tensor:
     p = terms[0].dropout
     flat = x.reshape(-1, x.shape[-1])
-    dropped = Dropped(p, flat.shape, flat.device) if p else None
-    A, B, scale = terms[0].A, terms[0].B, terms[0].scale
-    if len(terms) > 1:
-        A, scale = torch.cat([t.A for t in terms]), 1.0
-        B = torch.cat([t.B * t.scale for t in terms], dim=1)
-    if dropped is not None:
-        scale *= dropped.scale
+    run = Run(1.0, Dropped(p, flat.shape, flat.device) if p else None, _row_mask(x, terms))
+    side: Side
+    tensors: tuple[Tensor | None, ...]
+    form = terms[0].form
+    if isinstance(form, Kronecker):
+        side, run.scale = Product, form.scale
+        tensors = (form.left if terms[0].keep is None else form.left * terms[0].keep, form.right)
+    else:
+        side = Dense if op == "dense" else LowRank
+        pair = _joined(terms)
+        run.scale, tensors = pair.scale, (pair.A, pair.B, pair.mid)
+    if run.dropped is not None:
+        run.scale *= run.dropped.scale
     for term in terms:
         if term.bias is not None and term.rows is None:
             bias = term.bias.to(x.dtype) if bias is None else bias + term.bias.to(bias.dtype)
-    y = FusedLinear.apply(flat, weight, bias, A, B, terms[0].gain, _row_mask(x, terms), dropped, scale)
+    y = FusedLinear.apply(flat, weight, bias, terms[0].gain, side, run, *tensors)
     y = y.view(*x.shape[:-1], weight.shape[0])
     for term in terms:
         if term.bias is not None and term.rows is not None:
@@ -98,14 +139,28 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
     return y
 
 
+def _joined(terms: Sequence[Term]) -> Factors:
+    """The factors of all terms as one pair."""
+    pairs = []
+    for term in terms:
+        assert isinstance(term.form, Factors)
+        pairs.append(term.form if term.keep is None else
+                     term.form._replace(B=term.form.B * term.keep.unsqueeze(-1).to(term.form.B.dtype)))
+    if len(pairs) == 1:
+        return pairs[0]
+    folded = [pair.folded() for pair in pairs]
+    return Factors(torch.cat([f.A for f in folded]), torch.cat([f.B * f.scale for f in folded], dim=1))
+
+
 def _row_mask(x: Tensor, terms: Sequence[Term]) -> Tensor | None:
-    """(m, Σr) of 0/1: which columns of S each row of the flattened input may use."""
+    """(m, Σr) of 0/1: which columns of S each row of the flattened input may use; (m, 1) for a Kronecker product."""
     if all(term.rows is None for term in terms):
         return None
     batch = next(term.rows for term in terms if term.rows is not None).shape[0]
     columns = []
     for term in terms:
         rows = torch.ones(batch, device=x.device) if term.rows is None else term.rows
-        columns.append(rows.to(x.dtype).unsqueeze(1).expand(batch, term.A.shape[0]))
+        width = _rank(term) or 1
+        columns.append(rows.to(x.dtype).unsqueeze(1).expand(batch, width))
     mask = torch.cat(columns, dim=1)
     return mask.repeat_interleave(x.shape[:-1].numel() // batch, dim=0)

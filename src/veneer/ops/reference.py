@@ -27,8 +27,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
 def contribution(x: Tensor, base: Tensor, bias: Tensor | None, term: Term) -> Tensor:
     """What one term adds to `base` = x Wᵀ + bias; exactly zero where ΔW is zero and the gain is one."""
     inner = F.dropout(x, term.dropout) if term.dropout else x
-    low = F.linear(inner, term.A.to(x.dtype))
-    added = F.linear(low, (term.scale * term.B).to(x.dtype))
+    added = term.form.apply(inner)
+    if term.keep is not None:
+        added = added * term.keep.to(added.dtype)
     if term.gain is not None:
         added = with_gain(added, base, bias, term.gain)
     if term.bias is not None:

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from veneer.forms import Form
+
 
 @dataclass(eq=False)
 class Term:
-    """y gains  gain ∘ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) − x Wᵀ + bias.
+    """y gains  gain ∘ (x Wᵀ + keep ∘ (drop(x) ΔWᵀ)) − x Wᵀ + bias, with ΔW given by its form.
 
-    A (r, in), B (out, r); gain (out,) or None for 1; bias (out,) or None; `rows` (batch,) of 0/1 in any
-    dtype, or None for every row of the batch; `dropout` is 0 outside training.
+    gain (out,) or None for 1; keep (out,) or (1,), or None for 1; bias (out,) or None; `rows` (batch,) of 0/1 in
+    any dtype, or None for every row of the batch; `dropout` is 0 outside training.
     """
 
-    A: Tensor
-    B: Tensor
-    scale: float
+    form: Form
     dropout: float = 0.0
     gain: Tensor | None = None
     bias: Tensor | None = None
     rows: Tensor | None = None
+    keep: Tensor | None = None

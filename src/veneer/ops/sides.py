@@ -1,0 +1,178 @@
+"""How one form runs beside the base product of a linear layer, forward and backward, inside the fused op.
+
+Each side writes its own small part first and lets the large product accumulate on it, so that no full-size
+addition or scaling happens anywhere. All of it runs in x's dtype: other tensors are cast here, and neither a
+cast copy of W nor one of the adapter is ever kept. Of activations only what is tiny is kept; the rest is
+computed again.
+
+A side is two functions: `forward(run, x, weight, bias, *tensors) → (y, kept tensors)`, with y (m, out) the whole
+output before a gain, and `backward(run, dy, x, weight, kept, needs, *tensors) → (dx or None, gradients of
+tensors)`, with `needs` saying for x and then each tensor whether its gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.ops.dropout import Dropped
+
+#: rows of the batch that the backward of a Kronecker product takes at a time: its scratch space stays small
+_ROWS = 256
+
+Gradients = tuple[Tensor | None, ...]
+
+
+@dataclass(eq=False)
+class Run:
+    """One call: the factor s of ΔW, dropout on x, and (m, r) or (m, 1) of 0/1 for routed rows."""
+
+    scale: float
+    dropped: Dropped | None = None
+    row_mask: Tensor | None = None
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the adapter sees of x, unscaled."""
+        return x if self.dropped is None else self.dropped.apply(x)
+
+    def on_small(self, small: Tensor) -> Tensor:
+        """Scale and row mask, in place."""
+        if self.scale != 1:
+            small.mul_(self.scale)
+        return small if self.row_mask is None else small.mul_(self.row_mask)
+
+
+def _start(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if bias is None else torch.addmm(bias.to(a.dtype), a, b)
+
+
+class LowRank:
+    """s·diag-scaled pair: tensors are A (r, in), B (out, r), mid (r,) or None. S = x Aᵀ (m, r) is kept."""
+
+    @staticmethod
+    def forward(run: Run, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
+                mid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        S = run.inner(x) @ A.to(x.dtype).mT
+        scaled = run.on_small(S if mid is None else S * mid.to(x.dtype))
+        y = _start(bias, scaled, B.to(x.dtype).mT)
+        return y.addmm_(x, weight.to(x.dtype).mT), [S]
+
+    @staticmethod
+    def backward(run: Run, dy: Tensor, x: Tensor, weight: Tensor, kept: Sequence[Tensor], needs: Sequence[bool],
+                 A: Tensor, B: Tensor, mid: Tensor | None) -> tuple[Tensor | None, Gradients]:
+        need_x, need_A, need_B, need_mid = needs
+        S = kept[0]
+        d_A = d_B = d_mid = d_x = inner = None
+        if need_B:
+            scaled = S if mid is None else run.on_small(S * mid.to(S.dtype))
+            d_B = (scaled.mT @ dy).mT.to(B.dtype)
+        if need_x or need_A or need_mid:
+            dS = run.on_small(dy @ B.to(dy.dtype))
+            if mid is not None:
+                if need_mid:
+                    d_mid = (dS * S).sum(0).to(mid.dtype)
+                dS.mul_(mid.to(dS.dtype))
+            if need_A:
+                inner = run.inner(x)
+                d_A = (dS.mT @ inner).to(A.dtype)
+            if need_x:
+                d_x = torch.mm(dS, A.to(dy.dtype), out=None if run.dropped is None else inner)
+        if d_x is not None:
+            if run.dropped is not None:
+                run.dropped.zero_(d_x)
+            d_x.addmm_(dy, weight.to(dy.dtype))
+        return d_x, (d_A, d_B, d_mid)
+
+
+class Dense:
+    """The pair spread out over the weight: for a rank so high that two products per row cost more than one with
+    W' = W + s·B·A, which is kept. Gradients of A and B still go the low-rank way. No dropout, no row mask."""
+
+    @staticmethod
+    def forward(run: Run, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
+                mid: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        rows = A if mid is None else A * mid.unsqueeze(-1)
+        whole = torch.addmm(weight.to(x.dtype), B.to(x.dtype), rows.to(x.dtype), alpha=run.scale)
+        return _start(bias, x, whole.mT), [whole]
+
+    @staticmethod
+    def backward(run: Run, dy: Tensor, x: Tensor, weight: Tensor, kept: Sequence[Tensor], needs: Sequence[bool],
+                 A: Tensor, B: Tensor, mid: Tensor | None) -> tuple[Tensor | None, Gradients]:
+        need_x, *small = needs
+        d_x = dy @ kept[0] if need_x else None
+        S = x
+        if small[1] or small[2]:  # of B or mid
+            S = x @ A.to(x.dtype).mT
+            S = run.on_small(S) if mid is None else S
+        return d_x, LowRank.backward(run, dy, x, weight, [S], (False, *small), A, B, mid)[1]
+
+
+class Product:
+    """A Kronecker product: tensors are left (o₁, i₁), right (o₂, i₂). Nothing is kept; row mask (m, 1)."""
+
+    @staticmethod
+    def forward(run: Run, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor,
+                right: Tensor) -> tuple[Tensor, list[Tensor]]:
+        half = _right(run, run.inner(x), left, right)
+        scaled = (left * run.scale).to(x.dtype).expand(len(x), -1, -1)
+        if bias is None:
+            y = torch.bmm(scaled, half)
+        else:
+            y = torch.baddbmm(bias.to(x.dtype).view(1, left.shape[0], right.shape[0]), scaled, half)
+        y = y.view(len(x), left.shape[0] * right.shape[0])
+        return y.addmm_(x, weight.to(x.dtype).mT), []
+
+    @staticmethod
+    def backward(run: Run, dy: Tensor, x: Tensor, weight: Tensor, kept: Sequence[Tensor], needs: Sequence[bool],
+                 left: Tensor, right: Tensor) -> tuple[Tensor | None, Gradients]:
+        need_x, need_left, need_right = needs
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        d_left = torch.zeros(left.shape, dtype=wide, device=dy.device) if need_left else None
+        d_right = torch.zeros(right.shape, dtype=wide, device=dy.device) if need_right else None
+        d_x = torch.empty_like(x) if need_x else None
+        inner = run.inner(x)
+        for start in range(0, len(x), _ROWS):
+            part = slice(start, start + _ROWS)
+            some = Run(run.scale, None, None if run.row_mask is None else run.row_mask[part])
+            _product_rows(some, dy[part], inner[part], left, right, d_left, d_right,
+                          None if d_x is None else d_x[part])
+        if d_x is not None:
+            if run.dropped is not None:
+                run.dropped.zero_(d_x)
+            d_x.addmm_(dy, weight.to(dy.dtype))
+        return d_x, (None if d_left is None else d_left.to(left.dtype),
+                     None if d_right is None else d_right.to(right.dtype))
+
+
+def _right(run: Run, inner: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """X rightᵀ for every row: (m, i₁, o₂)."""
+    half = inner.reshape(-1, right.shape[1]) @ right.to(inner.dtype).mT
+    half = half.view(len(inner), left.shape[1], right.shape[0])
+    return half if run.row_mask is None else half.mul_(run.row_mask.unsqueeze(-1))
+
+
+def _product_rows(run: Run, dy: Tensor, inner: Tensor, left: Tensor, right: Tensor, d_left: Tensor | None,
+                  d_right: Tensor | None, d_x: Tensor | None) -> None:
+    """The gradients of some rows of the batch, added to d_left and d_right and written into d_x."""
+    o1, i1 = left.shape
+    grid = dy.reshape(len(dy), o1, right.shape[0])
+    if d_left is not None:
+        half = _right(run, inner, left, right)
+        d_left.add_(torch.bmm(grid, half.mT).sum(0), alpha=run.scale)
+    if d_right is None and d_x is None:
+        return
+    back = torch.bmm((left * run.scale).to(dy.dtype).mT.expand(len(dy), -1, -1), grid)
+    if run.row_mask is not None:
+        back.mul_(run.row_mask.unsqueeze(-1))
+    back = back.view(len(dy) * i1, right.shape[0])
+    if d_right is not None:
+        d_right.add_(back.mT @ inner.reshape(-1, right.shape[1]))
+    if d_x is not None:
+        torch.mm(back, right.to(dy.dtype), out=d_x.view(-1, right.shape[1]))
+
+
+Side: Any = type[LowRank] | type[Dense] | type[Product]
