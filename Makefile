@@ -1,6 +1,8 @@
 # `make demo` and `make test` each do all their own set-up; nothing else is needed first.
 PYTHON ?= python3
 VENV   ?= .venv
+# processes that run tests side by side
+WORKERS ?= auto
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -28,10 +30,10 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/veneer train examples/demo.yaml
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-all: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'slow or not slow'
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check src tests benchmarks examples

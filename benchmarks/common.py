@@ -12,6 +12,7 @@ import copy
 import datetime
 import gc
 import json
+import math
 import os
 import pathlib
 import platform
@@ -35,27 +36,61 @@ import veneer
 RESULTS = pathlib.Path(__file__).with_name("RESULTS.md")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIB = 2**20
+FEWEST = 5  # repetitions, where a time limit decides on their number
 CPU_TIME = "count the process's own CPU seconds instead of wall time: for a busy machine, with --threads 1"
 CPU_TIME_NOTE = " Times are CPU seconds of the process, not wall time."
 
 
+class Sizes(NamedTuple):
+    """What a method is told of the layers: the rank for those that take it, and the length of VB-LoRA's vectors."""
+
+    rank: int
+    length: int
+
+    @classmethod
+    def of(cls, rank: int, widths: Iterable[int]) -> Sizes:
+        """The longest vectors of at most 256 (a power of two) that divide every width, as peft demands."""
+        common = math.gcd(*widths)
+        return cls(rank, math.gcd(common, 256))
+
+
 @dataclass(frozen=True)
 class Case:
-    """One method, in Veneer's words and in peft's: `veneer(rank)`, `peft(rank, target_modules)`."""
+    """One method, in Veneer's words and in peft's: `veneer(sizes)`, `peft(sizes, target_modules)`."""
 
     label: str
-    veneer: Callable[[int], Any]
-    peft: Callable[[int, Any], Any]
+    veneer: Callable[[Sizes], Any]
+    peft: Callable[[Sizes, Any], Any]
+    starts_at_zero: bool = True
 
 
-# alpha = 2·rank on both sides: a scale of exactly 1 would let a contender skip the multiplication.
+def _lora(s: Sizes, on: Any, **options: Any) -> Any:
+    return peft.LoraConfig(r=s.rank, lora_alpha=2 * s.rank, target_modules=on, **options)
+
+
+# A scale of exactly 1 would let a contender skip the multiplication: alpha = 2·rank on both sides, where there is one.
 METHODS: dict[str, Case] = {
-    "lora": Case("LoRA", lambda r: veneer.LoRA(rank=r, alpha=2 * r),
-                 lambda r, on: peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=on)),
-    "dropout": Case("LoRA, dropout 0.05", lambda r: veneer.LoRA(rank=r, alpha=2 * r, dropout=0.05),
-                    lambda r, on: peft.LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.05, target_modules=on)),
-    "dora": Case("DoRA", lambda r: veneer.DoRA(veneer.LoRA(rank=r, alpha=2 * r)),
-                 lambda r, on: peft.LoraConfig(r=r, lora_alpha=2 * r, use_dora=True, target_modules=on)),
+    "lora": Case("LoRA", lambda s: veneer.LoRA(rank=s.rank, alpha=2 * s.rank), _lora),
+    "dropout": Case("LoRA, dropout 0.05", lambda s: veneer.LoRA(rank=s.rank, alpha=2 * s.rank, dropout=0.05),
+                    lambda s, on: _lora(s, on, lora_dropout=0.05)),
+    "dora": Case("DoRA", lambda s: veneer.DoRA(veneer.LoRA(rank=s.rank, alpha=2 * s.rank)),
+                 lambda s, on: _lora(s, on, use_dora=True)),
+    # All triplets are still there: the layer as it is before the first is pruned.
+    "adalora": Case("AdaLoRA", lambda s: veneer.AdaLoRA(init_r=s.rank, target_r=s.rank, alpha=2 * s.rank,
+                                                       total_step=10**6),
+                    lambda s, on: peft.AdaLoraConfig(init_r=s.rank, target_r=s.rank, lora_alpha=2 * s.rank,
+                                                     total_step=10**6, target_modules=on)),
+    "loha": Case("LoHa, r=8", lambda s: veneer.LoHa(rank=8, alpha=16),
+                 lambda s, on: peft.LoHaConfig(r=8, alpha=16, target_modules=on)),
+    "lokr": Case("LoKr, r=8", lambda s: veneer.LoKr(rank=8, alpha=16),
+                 lambda s, on: peft.LoKrConfig(r=8, alpha=16, target_modules=on)),
+    "vblora": Case("VB-LoRA, r=4", lambda s: veneer.VBLoRA(rank=4, vector_length=s.length),
+                   lambda s, on: peft.VBLoRAConfig(r=4, num_vectors=256, vector_length=s.length, target_modules=on),
+                   starts_at_zero=False),
+    "vera": Case("VeRA, r=256", lambda s: veneer.VeRA(rank=256),
+                 lambda s, on: peft.VeraConfig(r=256, target_modules=on)),
+    "randlora": Case("RandLoRA, r=32", lambda s: veneer.RandLoRA(rank=32),
+                     lambda s, on: peft.RandLoraConfig(r=32, target_modules=on)),
 }
 
 
@@ -99,6 +134,15 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules over the same parameters and buffers: contenders share one base in memory."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
+
+
+def peft_model(model: nn.Module, config: Any, **options: Any) -> nn.Module:
+    """peft's wrapper around `model`, with what its method trains trainable, and nothing else."""
+    wrapped = peft.get_peft_model(model, config, **options)
+    for name, parameter in wrapped.named_parameters():
+        if ".ranknum." in name:  # AdaLoRA's count of triplets, which peft leaves trainable over a 16-bit base
+            parameter.requires_grad_(False)
+    return wrapped
 
 
 class Times:
@@ -153,18 +197,27 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def interleave(contenders: Sequence[Contender], repetitions: int, warmup: int, cpu_time: bool = False) -> Times:
-    """Run all contenders round-robin, in a new order every round, `warmup` rounds untimed."""
+def interleave(contenders: Sequence[Contender], repetitions: int, warmup: int, cpu_time: bool = False,
+               seconds: float | None = None) -> Times:
+    """Run all contenders round-robin, in a new order every round, `warmup` rounds untimed.
+
+    seconds: end after about as many, with at least `FEWEST` timed rounds and at most `repetitions`.
+    """
     order = random.Random(0)
     for contender in contenders:
         contender.cpu_time = cpu_time
     times = Times(contenders)
     for round_ in range(warmup + repetitions):
+        done = round_ - warmup
+        if done == 0:
+            began = time.perf_counter()
+        elif done >= FEWEST and seconds is not None and (time.perf_counter() - began) * (done + 1) / done > seconds:
+            break
         with no_collection():
             for contender in order.sample(contenders, len(contenders)):
                 spans = contender.run()
                 contender.between()
-                if round_ >= warmup:
+                if done >= 0:
                     times.add(contender, spans)
     return times
 

@@ -18,7 +18,6 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own messages would mix with the table
 
-import peft
 import torch
 from torch import Tensor
 
@@ -88,11 +87,13 @@ def contenders(args: argparse.Namespace, dtype: str, device: torch.device) -> li
     base = load(args.model, dtype).to(device).requires_grad_(False)
     drawn = torch.randint(base.config.vocab_size, (args.batch, args.tokens), generator=torch.Generator().manual_seed(0))
     ids = drawn.to(device)
+    linears = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not base.get_output_embeddings()]
+    sizes = common.Sizes.of(args.rank, [width for m in linears for width in (m.in_features, m.out_features)])
     found: list[Step] = [FrozenStep("frozen", "frozen", common.sharing_copy(base), ids)]
     for method in args.methods:
         case = METHODS[method]
-        found.append(Step(method, "Veneer", veneer.attach(common.sharing_copy(base), case.veneer(args.rank)), ids))
-        wrapped = peft.get_peft_model(common.sharing_copy(base), case.peft(args.rank, "all-linear"))
+        found.append(Step(method, "Veneer", veneer.attach(common.sharing_copy(base), case.veneer(sizes)), ids))
+        wrapped = common.peft_model(common.sharing_copy(base), case.peft(sizes, "all-linear"))
         found.append(Step(method, "peft", wrapped, ids))
     return found
 

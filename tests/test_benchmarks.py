@@ -36,9 +36,14 @@ def test_layers_compares_all_contenders(tmp_path):
     results.write_text("# Mine\n\nkept\n\n<!-- layers: begin -->\nstale section\n<!-- layers: end -->\n\nalso kept\n")
     shown = table(run("layers.py", results, *sizes(16, 32, 24), "--rank", "2"))
     seen = {(row["dtype"], row["method"], row["contender"]) for row in shown}
-    for method in ("LoRA", "LoRA, dropout 0.05", "DoRA"):
-        assert {("fp32", method, "Veneer"), ("fp32", method, "peft"), ("bf16", method, "Veneer"),
-                ("bf16", method, "peft"), ("bf16", method, "peft, 16-bit adapter")} <= seen
+    methods = ("LoRA", "LoRA, dropout 0.05", "DoRA", "AdaLoRA", "LoHa, r=8", "LoKr, r=8", "VB-LoRA, r=4",
+               "VeRA, r=256", "RandLoRA, r=32")
+    contenders = (("fp32", "Veneer"), ("fp32", "peft"), ("bf16", "Veneer"), ("bf16", "peft"),
+                  ("bf16", "peft, 16-bit adapter"))
+    assert seen == {(dtype, method, name) for dtype, name in contenders for method in methods} | {
+        ("bf16", "", "frozen"), ("fp32", "", "frozen")}
+    for row in shown:
+        assert bool(row["÷ peft [quartiles]"]) == (row["contender"] == "Veneer")
     text = results.read_text()
     assert text.startswith("# Mine\n\nkept\n")
     assert text.endswith("also kept\n")
@@ -48,6 +53,28 @@ def test_layers_compares_all_contenders(tmp_path):
     assert "python benchmarks/layers.py --threads 1" in text
     # A bar is for the sizes it was set for.
     assert all(row["bar"] == "" for row in shown)
+
+
+def test_several_sizes_give_a_row_for_every_method_and_a_verdict(tmp_path):
+    results = tmp_path / "RESULTS.md"
+    text = run("layers.py", results, "--m", "8", "16", "--k", "32", "48", "--n", "24", "32", "--rank", "2",
+               "--methods", "lora", "vblora", "--seconds-per-cell", "0.01")
+    shown = table(text)
+    sizes = [("32 → 24", "8"), ("32 → 24", "16"), ("48 → 32", "8"), ("48 → 32", "16")]
+    assert [(row["dtype"], row["k → n"], row["m"], row["method"]) for row in shown] == [
+        (dtype, *size, method) for dtype in ("bf16", "fp32") for size in sizes for method in ("LoRA", "VB-LoRA, r=4")]
+    for row in shown:
+        assert re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", row["Veneer ÷ peft [quartiles]"])
+        assert bool(row["peft 16-bit ÷ frozen"]) == (row["dtype"] == "bf16")
+    # The verdict goes by ratios, the table shows them rounded.
+    ratios = [float(row[column].split()[0]) for row in shown for column in row
+              if column.startswith("Veneer ÷ peft") and row[column]]
+    said = re.search(r"Slower than peft: (\d+) cells|Slower than peft: nowhere", text)
+    lost = int(said.group(1) or 0)
+    assert lost == len(re.findall(r"^- .* time$", text, re.MULTILINE))
+    assert sum(ratio > 1 for ratio in ratios) <= lost <= sum(ratio >= 1 for ratio in ratios)
+    assert "More peak memory than peft: " in text
+    assert "<!-- layer sizes: begin -->" in results.read_text()
 
 
 def test_layer_memory_is_exact(tmp_path):
@@ -79,3 +106,11 @@ def test_an_unknown_method_is_named(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "invalid choice: 'lroa'" in done.stderr
+
+
+def test_sizes_that_do_not_go_together_are_refused():
+    for options in (["--k", "8", "16", "--n", "8"], ["--sizes", "all", "--m", "8"]):
+        command = [sys.executable, str(BENCHMARKS / "layers.py"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 2
+        assert "--k and --n go together" in done.stderr or "--sizes all has its own" in done.stderr

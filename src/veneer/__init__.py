@@ -5,12 +5,12 @@ from veneer.inspect.summary import adapters, trainable
 from veneer.io.info import info
 from veneer.io.load import load
 from veneer.io.save import save
-from veneer.methods import DoRA, Full, LoRA, Rows
+from veneer.methods import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
 from veneer.plan import plan
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "DoRA", "Full", "LoRA", "Rows", "activate", "adapters", "attach", "detach", "disabled", "info", "load",
-    "merge", "plan", "route", "save", "trainable", "unmerge",
+    "AdaLoRA", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "RandLoRA", "Rows", "VBLoRA", "VeRA", "activate", "adapters",
+    "attach", "detach", "disabled", "info", "load", "merge", "plan", "route", "save", "trainable", "unmerge",
 ]

@@ -184,7 +184,7 @@ def _build(made: Plan, seed: int) -> list[Adapter]:
         with torch.device(tensor.device):
             first = method not in states
             if first:
-                states[method] = _shared(method, f"{seed}/shared/{len(states)}")
+                states[method] = _shared(method, dtype, f"{seed}/shared/{len(states)}")
             adapter = method.build(layout.shape, dtype, states[method])
         if first and states[method] is not None:
             adapter.own_shared()
@@ -196,8 +196,8 @@ def _build(made: Plan, seed: int) -> list[Adapter]:
     return adapters
 
 
-def _shared(method: Method, seed_key: str) -> Shared | None:
-    state = method.shared()
+def _shared(method: Method, dtype: torch.dtype, seed_key: str) -> Shared | None:
+    state = method.shared(dtype)
     if state is not None:
         state.seed_key = seed_key
         state.initialise()

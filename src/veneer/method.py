@@ -107,6 +107,11 @@ class Shared(nn.Module):
         """Sentences about the state of training that whoever saves the adapter should read."""
         return []
 
+    def advance(self, step: int) -> bool:
+        """Do what is due after optimizer step `step`, for a loop that tells of its steps by hand; False where nothing
+        ever is."""
+        return False
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Shared:
         was_meta, before = self.on_meta(), dict(self._buffers)
         super()._apply(fn, recurse)
@@ -166,10 +171,10 @@ class Adapter(nn.Module):
         """ΔW as factors or as a Kronecker product, or None when it has no such form or none that pays."""
         return None
 
-    def gain(self, weight: Tensor) -> Tensor | None:
+    def gain(self, weight: Tensor, form: Form | None = None) -> Tensor | None:
         """A factor for every output of W + ΔW, or None; fp32 or wider, since it lies close to 1.
 
-        Outputs are rows (out,), or columns (in,) where `shape.lookup`.
+        Outputs are rows (out,), or columns (in,) where `shape.lookup`. form: what `form()` gave, if it was asked.
         """
         return None
 
@@ -181,6 +186,12 @@ class Adapter(nn.Module):
     def bias_delta(self) -> Tensor | None:
         """What this adapter adds to the layer's bias (out,), or None."""
         return None
+
+    # -- what an optimizer may want to know -------------------------------------------------------------
+    def fast_parameters(self) -> list[str]:
+        """Names of the parameters on the side of the outputs (LoRA's B), which LoRA+ gives a larger learning rate;
+        empty where there are no two sides."""
+        return []
 
     # -- what happens to ΔW in training only ------------------------------------------------------------
     def keep(self) -> Tensor | None:
@@ -291,8 +302,11 @@ class Method:
         """This method for a training run of so many optimizer steps, where it follows a schedule."""
         return self
 
-    def shared(self) -> Shared | None:
-        """New state, not yet filled, that all weights with this settled method in a plan share, or None."""
+    def shared(self, dtype: torch.dtype) -> Shared | None:
+        """New state, not yet filled, that all weights with this settled method in a plan share, or None.
+
+        dtype: the adapters' default, as for `build`.
+        """
         return None
 
     def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> Adapter:
@@ -302,6 +316,14 @@ class Method:
         `shared()` returned for this plan, and None where only the parameters are to be counted.
         """
         raise NotImplementedError
+
+    def describe(self, tensors: Mapping[str, Tensor]) -> str:
+        """What one weight's saved tensors show of it that the method does not say, in a few words, or nothing."""
+        for f in dataclasses.fields(self):
+            inner, prefix = getattr(self, f.name), f"{f.name}."
+            if isinstance(inner, Method):
+                return inner.describe({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
+        return ""
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Method:

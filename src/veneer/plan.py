@@ -250,7 +250,7 @@ def _settled(chosen: Mapping[Weight, tuple[Method, str]]) -> dict[Method, Method
 def _shared_count(method: Method) -> int:
     """The trainable parameters that all weights of a settled method share."""
     with torch.device("meta"):
-        shared = method.shared()
+        shared = method.shared(torch.float32)
     return 0 if shared is None else sum(p.numel() for p in shared.parameters())
 
 

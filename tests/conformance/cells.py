@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer import DoRA, Full, LoRA, Rows
+from veneer import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
 from veneer.method import Method
 
 from . import models
@@ -32,6 +32,9 @@ class MethodCase:
     method: Method
     dense: Callable[[Tensor, Params], Tensor]
     dense_lookup: Callable[[Tensor, Params], Tensor] | None = None
+    #: kinds of weights on which these options mean something of their own; None = all
+    kinds: tuple[str, ...] | None = None
+    identity_at_start: bool = True
 
     def formula(self, kind: str) -> Callable[[Tensor, Params], Tensor]:
         return self.dense_lookup or self.dense if kind == "lookup" else self.dense
@@ -89,6 +92,97 @@ def _rows(W: Tensor, p: Params) -> Tensor:
     return torch.stack(rows)
 
 
+def _adalora(scale: float) -> Callable[[Tensor, Params], Tensor]:
+    return lambda W, p: W + scale * sum(
+        p["E"][..., i, None, None] * p["B"][..., :, i, None] * p["A"][..., None, i, :] for i in range(p["E"].shape[-1]))
+
+
+def _loha(scale: float) -> Callable[[Tensor, Params], Tensor]:
+    def dense(W: Tensor, p: Params) -> Tensor:
+        first, second = (_sum_of_outer(W, p, f"w{i}_a", f"w{i}_b", f"t{i}") for i in (1, 2))
+        return W + scale * first * second
+
+    return dense
+
+
+def _sum_of_outer(W: Tensor, p: Params, a: str, b: str, core: str) -> Tensor:
+    """Σᵢ a[:, i] b[i, :], or with a core over kernel positions k: Σᵢⱼ core[i, j, k] a[i, :] b[j, :]."""
+    if core not in p:
+        return sum(p[a][..., :, i, None] * p[b][..., i, None, :] for i in range(p[a].shape[-1]))
+    t, parts = p[core].flatten(2), []
+    for k in range(t.shape[-1]):
+        parts.append(sum(t[i, j, k] * torch.outer(p[a][i], p[b][j])
+                         for i in range(t.shape[0]) for j in range(t.shape[1])))
+    return torch.stack(parts, dim=-1).flatten(1)
+
+
+def _lokr(scale: float) -> Callable[[Tensor, Params], Tensor]:
+    def factor(W: Tensor, p: Params, i: int) -> Tensor:
+        return p[f"w{i}"] if f"w{i}" in p else _sum_of_outer(W, p, f"w{i}_a", f"w{i}_b", f"t{i}")
+
+    def dense(W: Tensor, p: Params) -> Tensor:
+        left, right = factor(W, p, 1), factor(W, p, 2)
+        if W.dim() == 3:
+            return W + scale * torch.stack([torch.kron(x, y) for x, y in zip(left, right, strict=True)])
+        return W + scale * torch.kron(left, right)
+
+    return dense
+
+
+SIZE = (40, 40)  # of the shared bases: at least that of every weight here
+
+
+def _vera(W: Tensor, p: Params) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    rank, (out, in_) = p["d"].shape[-1], W.shape[-2:]
+    # nn.init's Kaiming bound for a rectifier over the second dimension, A first
+    A = torch.empty(rank, SIZE[1]).uniform_(-math.sqrt(6 / SIZE[1]), math.sqrt(6 / SIZE[1]), generator=generator)
+    B = torch.empty(SIZE[0], rank).uniform_(-math.sqrt(6 / rank), math.sqrt(6 / rank), generator=generator)
+    A, B = A[:, :in_].to(p["d"].dtype), B[:out].to(p["d"].dtype)
+    return W + torch.diag_embed(p["b"]) @ B @ torch.diag_embed(p["d"]) @ A
+
+
+def _randlora(scale: float) -> Callable[[Tensor, Params], Tensor]:
+    def dense(W: Tensor, p: Params) -> Tensor:
+        lam, gamma = p["lambda_"], p["gamma"]
+        rank, count, short = lam.shape[-2], lam.shape[-1], gamma.shape[-1]
+        generator = torch.Generator().manual_seed(7)
+
+        def draw(*size: int) -> Tensor:
+            bound = 1 / math.sqrt(size[-1])
+            return torch.empty(size, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
+
+        A = draw(rank, 1, SIZE[1])
+        B = torch.cat([draw(SIZE[0], 1, rank) for _ in range(math.ceil(SIZE[1] / rank))], 1)
+        A, B = ((t / t.std()).to(lam.dtype) for t in (A, B))
+        long = max(W.shape[-2:])
+        wide = B[:long, :count].reshape(long, count * rank)
+        change = torch.zeros(*W.shape[:-2], long, short, dtype=lam.dtype)
+        for i in range(rank):
+            for j in range(count):
+                row = lam[..., i, j, None] * A[i, 0, :short] * gamma[..., j, :]
+                change = change + wide[:, i * count + j, None] * row.unsqueeze(-2)
+        return W + scale * (change if W.shape[-1] <= W.shape[-2] else change.mT)
+
+    return dense
+
+
+def _vblora(W: Tensor, p: Params) -> Tensor:
+    bank, chosen = p["shared.bank"], 2
+
+    def vectors(logits: Tensor) -> Tensor:
+        """One mixed sub-vector per leading index, by sorting."""
+        order = logits.argsort(-1, descending=True)[..., :chosen]
+        share = torch.exp(logits.gather(-1, order) - logits.gather(-1, order).logsumexp(-1, keepdim=True))
+        return torch.einsum("...k,...kl->...l", share, bank[order])
+
+    A = vectors(p["logits_A"])  # (*batch, r, tiles, length)
+    B = vectors(p["logits_B"])  # (*batch, tiles, r, length)
+    A = torch.cat(A.unbind(-2), -1)[..., :W.shape[-1]]
+    B = torch.cat(B.unbind(-3), -1)[..., :W.shape[-2]]  # (*batch, r, out)
+    return W + torch.einsum("...ro,...ri->...oi", B, A)
+
+
 METHODS = [
     MethodCase("lora", LoRA(rank=3), _lora(1.0)),
     MethodCase("rslora", LoRA(rank=4, alpha=6, rank_stabilized=True), _lora(6 / math.sqrt(4))),
@@ -97,8 +191,21 @@ METHODS = [
     MethodCase("full", Full(), lambda W, p: p["weight"]),
     MethodCase("rows", Rows(ROWS), _rows),
     MethodCase("circulant", Circulant(scale=0.5), _circulant),
-    MethodCase("dora-circulant", DoRA(Circulant(scale=0.5)), _dora(_circulant), _dora(_circulant, dim=-2)),
+    MethodCase("adalora", AdaLoRA(init_r=3, target_r=2, total_step=10, alpha=300), _adalora(100.0)),
+    MethodCase("loha", LoHa(rank=1, alpha=20), _loha(20.0)),
+    MethodCase("loha-dense", LoHa(rank=3, alpha=30), _loha(10.0)),
+    MethodCase("loha-conv", LoHa(rank=2, alpha=60, effective_conv=True), _loha(30.0), kinds=("conv",)),
+    MethodCase("lokr", LoKr(rank=8, alpha=12), _lokr(1.5)),
+    MethodCase("lokr-both", LoKr(rank=1, alpha=3, decompose_both=True, init="lycoris"), _lokr(3.0)),
+    MethodCase("lokr-conv", LoKr(rank=1, effective_conv=True), _lokr(1.0), kinds=("conv",)),
+    MethodCase("vera", VeRA(rank=5, d_initial=1.0, seed=7, bases=SIZE), _vera),
+    MethodCase("vblora", VBLoRA(rank=3, num_vectors=7, vector_length=4, init_vector_bank_bound=0.25), _vblora, identity_at_start=False),
+    MethodCase("randlora", RandLoRA(rank=3, alpha=6, seed=7, bases=SIZE), _randlora(2.0)),
 ]
+#: every additive method once more inside of DoRA
+METHODS += [MethodCase(f"dora-{case.name}", DoRA(case.method), _dora(case.dense), _dora(case.dense, dim=-2), case.kinds,
+                       case.identity_at_start)
+            for case in METHODS if case.name not in ("lora", "rslora", "lora-bias", "dora", "full", "rows")]
 
 
 def _vectors(*shape: int) -> Callable[[int], Tensor]:
@@ -169,4 +276,5 @@ FORBIDDEN = {
        if h.name.startswith(("embedding", "attention", "parameter", "experts", "tied", "linear-subclass"))},
 }
 
-CELLS = [(m, h) for m in METHODS for h in HOSTS if (m.name, h.name) not in FORBIDDEN]
+ALL = [(m, h) for m in METHODS for h in HOSTS if m.kinds is None or set(m.kinds) & set(h.weights.values())]
+CELLS = [(m, h) for m, h in ALL if (m.name, h.name) not in FORBIDDEN]

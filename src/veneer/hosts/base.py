@@ -218,7 +218,7 @@ class Host(nn.Module):
         form = adapter.form()
         if form is None or not self.usable(form):
             return None
-        gain = adapter.gain(weight)
+        gain = adapter.gain(weight, form)
         # A factor for an embedding's columns is none for the outputs of the head tied to it.
         astray = adapter.shape.lookup != self.lookup
         keep = adapter.keep() if self.training else None

@@ -88,13 +88,15 @@ class EmbeddingHost(TensorHost):
         return y
 
     def _small(self, ids: Tensor, base: Tensor, form: Form) -> Tensor:
-        """The rows `ids` of ΔW."""
+        """The rows `ids` of ΔW, in base's dtype. What is looked up is cast after it, and its gradients before they are
+        added up over tokens: 16-bit sums of many tokens would lose most of them."""
         if isinstance(form, Factors):
             A, B, scale, _ = form.folded()
-            return self._look_up(ids, B.to(base.dtype)) @ (scale * A).to(base.dtype)
-        block = form.right.shape[0]  # row o of left ⊗ right is row o // block of the one times row o % block of the other
-        left = F.embedding(ids // block, (form.scale * form.left).to(base.dtype))
-        right = F.embedding(ids % block, form.right.to(base.dtype))
+            return self._look_up(ids, B).to(base.dtype) @ (scale * A).to(base.dtype)
+        # Row o of left ⊗ right is row o // block of the one times row o % block of the other.
+        block = form.right.shape[0]
+        left = F.embedding(ids // block, form.scale * form.left).to(base.dtype)
+        right = F.embedding(ids % block, form.right).to(base.dtype)
         return (left.unsqueeze(-1) * right.unsqueeze(-2)).flatten(-2)
 
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:

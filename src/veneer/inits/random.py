@@ -1,4 +1,4 @@
-"""Data-free random starts of a factor pair A (*batch, r, in), B (*batch, out, r).
+"""Data-free random starts: of single tensors, and of a factor pair A (*batch, r, in), B (*batch, out, r).
 
 Drawn on the CPU in fp32 from the adapter's own generator and then copied, so that the same (seed, weight
 name) gives the same bits on every device, in every dtype's rounding, and in any order of creation.
@@ -7,7 +7,7 @@ name) gives the same bits on every device, in every dtype's rounding, and in any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,16 @@ _DRAW: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 def _uniform(shape: torch.Size, bound: float, generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator, **_DRAW).mul_(2 * bound).sub_(bound)
+
+
+def uniform(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
+    """Fill in place from U(-bound, bound); 1/√(fan-in) is `nn.Linear`'s bound (Kaiming uniform with a = √5)."""
+    tensor.copy_(_uniform(tensor.shape, bound, generator))
+
+
+def normal(tensor: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill in place from N(0, std²)."""
+    tensor.copy_(torch.randn(tensor.shape, generator=generator, **_DRAW).mul_(std))
 
 
 def kaiming(A: Tensor, B: Tensor, generator: torch.Generator) -> None:
@@ -47,6 +57,13 @@ FACTOR_INITS: dict[str, Callable[[Tensor, Tensor, torch.Generator], None]] = {
     "gaussian": gaussian,
     "xavier": xavier,
 }
+
+
+def check_choice(owner: str, field: str, value: Any, known: Sequence[Any]) -> None:
+    """Raise `VeneerError` unless `value` is one of `known`."""
+    if value not in known:
+        raise VeneerError(f"{owner}: unknown {field} {value!r}{nearest(str(value), map(str, known))} "
+                          f"Known: {', '.join(map(str, known))}")
 
 
 def check_init(owner: str, name: str) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.inspect.summary import adapters
-from veneer.io import store
+from veneer.io import native, store
 from veneer.io.dialects import hf
 from veneer.method import Method
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One adapter. methods: text → number of weights; bytes: of its tensors; base and versions as far as known."""
+    """One adapter. methods: text → number of weights; details: what else its tensors show, likewise; bytes: of its
+    tensors; base and versions as far as known."""
 
     title: str
     format: str
@@ -29,11 +32,12 @@ class AdapterInfo:
     versions: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     notes: tuple[str, ...] = ()
+    details: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.title}: {self.format}",
                  f"  {self.weights} weights, {self.parameters:,} parameters, {self.bytes:,} bytes"]
-        lines += [f"  {method} on {count} weights" for method, count in self.methods.items()]
+        lines += [f"  {text} on {count} weights" for text, count in (*self.methods.items(), *self.details.items())]
         known = {k: v for k, v in self.base.items() if v is not None}
         if known:
             lines.append("  base: " + ", ".join(f"{k} {v}" for k, v in known.items()))
@@ -71,7 +75,9 @@ def _of_model(model: nn.Module) -> list[AdapterInfo]:
         size = sum(p.numel() * p.element_size() for p in params.values())
         state = "merged" if summary.merged else "live" if summary.live else "not live"
         found.append(AdapterInfo(name, f"on a {type(model).__name__}, {state}", dict(methods), len(summary.weights),
-                                 summary.parameters, size))
+                                 summary.parameters, size, details=_details(
+                                     (a.method, a.state_dict()) for a in summary.weights.values()
+                                     if a.method is not None and not a.on_meta())))
     return found
 
 
@@ -88,9 +94,23 @@ def _of_path(path: str | Path) -> AdapterInfo:
         return AdapterInfo(str(path), "PEFT format", methods, weights, count, size, base, versions,
                            notes=tuple(stored.notes))
     methods = dict(Counter(_short(method) for method in manifest.plan.values()))
-    kind = "PEFT format" if manifest.layout == "peft" else f"native format ({manifest.reason})"
+    kind, details = "PEFT format", {}
+    if manifest.layout == "native":
+        kind = f"native format ({manifest.reason})"
+        records, _ = native.decode(manifest.plan, stored.tensors)
+        details = _details((record.method, record.tensors) for record in records)
     return AdapterInfo(str(path), kind, methods, len(manifest.plan), manifest.parameters, size, manifest.base,
-                       manifest.versions, manifest.seed, tuple(stored.notes))
+                       manifest.versions, manifest.seed, tuple(stored.notes), details)
+
+
+def _details(found: Iterable[tuple[Method, Mapping[str, Tensor]]]) -> dict[str, int]:
+    """How many weights are described alike, by the numbers in it."""
+    counts = Counter(method.describe(tensors) for method, tensors in found)
+    return {text: counts[text] for text in sorted(filter(None, counts), key=_numbers)}
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _short(method: Method) -> str:

@@ -151,7 +151,7 @@ def expected_tensors(method: Method, layout: Layout, owner: bool) -> dict[str, T
     owner: of the weights with this method, it is the first, with which the state that all share is saved.
     """
     with torch.device("meta"):
-        shared = method.shared()
+        shared = method.shared(torch.float32)
         adapter = method.build(layout.shape, torch.float32, shared)
         if owner and shared is not None:
             adapter.own_shared()

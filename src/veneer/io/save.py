@@ -12,7 +12,7 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from veneer.attach import adapter_names, attached
+from veneer.attach import adapter_names, attached, shared_states
 from veneer.io import native
 from veneer.io.dialects import hf
 from veneer.io.files import write_all
@@ -68,6 +68,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> SaveRepor
     unknown = print_.unknown(methods)
     notes = [f"{unknown} base weights could not be read (merged for good, on meta or sharded) and are not part of "
              "the base's fingerprint"] if unknown else []
+    notes += [note for state in shared_states(model, name) for note in state.notes()]
     seed = _seed(model, name)
     try:
         config, tensors, more = hf.encode(records, base)

@@ -7,7 +7,6 @@ The norm is a constant for the gradient (§4.3 of the paper). Where ΔW has a fo
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from veneer.method import (
     register,
     without_autocast,
 )
+from veneer.methods.lengths import Stamp, kept_squares
 
 
 @register("dora")
@@ -55,8 +55,8 @@ class DoRA(Method):
     def scheduled(self, steps: int) -> Method:
         return DoRA(self.inner.scheduled(steps))
 
-    def shared(self) -> Shared | None:
-        return self.inner.shared()
+    def shared(self, dtype: torch.dtype) -> Shared | None:
+        return self.inner.shared(dtype)
 
     def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> DoRAAdapter:
         return DoRAAdapter(self.inner.build(shape, dtype, shared), shape, dtype)
@@ -136,14 +136,18 @@ class DoRAAdapter(Adapter):
     def bias_delta(self) -> Tensor | None:
         return self.inner.bias_delta()
 
-    def gain(self, weight: Tensor) -> Tensor:
-        norm = self.row_norm(weight)
+    def fast_parameters(self) -> list[str]:
+        inner = [f"inner.{name}" for name in self.inner.fast_parameters()]
+        return ["magnitude", *inner] if inner else []
+
+    def gain(self, weight: Tensor, form: Form | None = None) -> Tensor:
+        norm = self.row_norm(weight, form)
         # A row of zeros stays a row of zeros whatever its gain; dividing by its norm would give NaN gradients.
         some, one = norm > 0, torch.ones_like(norm)
         return torch.where(some, self.magnitude / torch.where(some, norm, one), one)
 
-    def row_norm(self, weight: Tensor) -> Tensor:
-        """‖W + ΔW‖ of every output, shaped as the magnitude, without gradient.
+    def row_norm(self, weight: Tensor, form: Form | None = None) -> Tensor:
+        """‖W + ΔW‖ of every output, shaped as the magnitude, without gradient. form: ΔW's, if it is known already.
 
         On a CPU it is kept between calls where gradients are off, with copies of the adapter's own numbers to
         tell whether it still holds: what writes through `.data` or raw pointers leaves no other trace. Elsewhere
@@ -152,12 +156,12 @@ class DoRAAdapter(Adapter):
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.device.type != "cpu":
             self._cache.pop("norm", None)
             with torch.no_grad(), without_autocast(weight):
-                return self._row_norm(weight)
+                return self._row_norm(weight, form)
         own = self._numbers()
         held = self._cache.get("norm")
-        if held is None or held[0] != _Stamp(weight) or not all(map(torch.equal, held[1], own)):
+        if held is None or held[0] != Stamp(weight) or not all(map(torch.equal, held[1], own)):
             with without_autocast(weight):
-                held = (_Stamp(weight), [p.clone() for p in own], self._row_norm(weight))
+                held = (Stamp(weight), [p.clone() for p in own], self._row_norm(weight, form))
             self._cache["norm"] = held
         return held[2]
 
@@ -167,43 +171,13 @@ class DoRAAdapter(Adapter):
         return list({id(t): t for m in (self.inner, shared) if m is not None
                      for t in (*m.parameters(), *m.buffers())}.values())
 
-    def _row_norm(self, weight: Tensor) -> Tensor:
-        form = self.inner.form()
+    def _row_norm(self, weight: Tensor, form: Form | None = None) -> Tensor:
+        form = form or self.inner.form()
         wide = torch.promote_types(self.magnitude.dtype, torch.float32)
         if form is None:
             new = self.inner.new_weight(weight.to(wide))
             return torch.linalg.vector_norm(new, dim=-2 if self.shape.lookup else -1, dtype=wide)
         if self.shape.lookup:
             weight, form = weight.mT, form.turned()
-        square = form.added_square(weight, wide).add_(self._base_square(weight, wide))
+        square = form.added_square(weight, wide).add_(kept_squares(self._cache, weight, wide))
         return square.clamp_min_(0).sqrt_()
-
-    def _base_square(self, weight: Tensor, wide: torch.dtype) -> Tensor:
-        """‖W‖² of every row, in `wide`; kept for as long as W is the same tensor with the same contents."""
-        if torch.compiler.is_compiling():
-            return _square_norm(weight, wide)
-        key = (_Stamp(weight), wide)
-        if "base" not in self._cache or self._cache["base"][0] != key:
-            self._cache["base"] = (key, _square_norm(weight, wide))
-        return self._cache["base"][1]
-
-
-def _square_norm(weight: Tensor, wide: torch.dtype) -> Tensor:
-    # Row blocks: widening a whole 16-bit weight at once would be the largest tensor of the step.
-    rows = weight.reshape(-1, weight.shape[-1])
-    blocks = [block.to(wide).square().sum(-1) for block in rows.split(1024)]
-    return torch.cat(blocks).reshape(weight.shape[:-1])
-
-
-class _Stamp:
-    """Equal while a tensor is the same memory of the same living tensor with the same contents."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        owner = tensor if tensor._base is None else tensor._base
-        self.owner = weakref.ref(owner)
-        self.version = -1 if tensor.is_inference() else tensor._version
-        self.where = (tensor.data_ptr(), tensor.dtype, tensor.shape)
-
-    def __eq__(self, other: object) -> bool:
-        return (isinstance(other, _Stamp) and self.owner() is not None and self.owner() is other.owner()
-                and (self.version, self.where) == (other.version, other.where) and self.version >= 0)

@@ -97,3 +97,6 @@ class LoRAAdapter(Adapter):
 
     def bias_delta(self) -> Tensor | None:
         return self.bias
+
+    def fast_parameters(self) -> list[str]:
+        return ["B"] if self.bias is None else ["B", "bias"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from veneer.method import VeneerError, parse_dtype
+from veneer.method import Shape, VeneerError, parse_dtype
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,3 +32,24 @@ def as_dtype(owner: str, value: Any) -> torch.dtype | None:
     if value is not None and value not in _DTYPES:
         raise VeneerError(f"{owner}: dtype must be float32, bfloat16, float16, float64 or None, got {value!r}")
     return value
+
+
+def check_seed(owner: str, value: Any) -> None:
+    """Raise `VeneerError` unless `value` can seed torch's generator."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise VeneerError(f"{owner}: seed must be a whole number of at least 0, got {value!r}")
+
+
+def check_bases(owner: str, value: Any) -> tuple[int, int] | None:
+    """The size (out, in) of shared bases as a tuple, or None; raises `VeneerError` on anything else."""
+    if value is None:
+        return None
+    found = tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(found) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in found):
+        raise VeneerError(f"{owner}: bases must be two whole numbers (out, in) or None, got {value!r}")
+    return found
+
+
+def largest(shapes: Mapping[str, Shape]) -> tuple[int, int]:
+    """The largest out and the largest in among some weights."""
+    return max(s.out for s in shapes.values()), max(s.in_ for s in shapes.values())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import veneer
+from veneer.method import Method
 from veneer.plan import Plan
 from veneer.train.console import Console
 from veneer.train.data import Dataset, load_data
@@ -30,6 +33,7 @@ class Job:
     train: list[Encoded]
     heldout: list[Encoded]
     plan: Plan
+    steps: int  # optimizer steps of the whole run
 
     @property
     def model(self) -> Any:
@@ -65,11 +69,25 @@ def prepare(settings: Settings, console: Console) -> Job:
             "a chat template with an end token after each answer (data.chat_template) mends that",
             style="yellow",
         )
+    steps = _steps(settings, len(train))
     return Job(
         settings=settings, console=console, loaded=loaded, encoder=encoder, train=train, heldout=heldout,
         data=Dataset(train=data.train, heldout=heldout_examples),
-        plan=veneer.plan(loaded.model, settings.adapter.rules),
+        plan=veneer.plan(loaded.model, scheduled(settings.adapter.rules, steps)), steps=steps,
     )  # fmt: skip
+
+
+def _steps(settings: Settings, examples: int) -> int:
+    from veneer.train.trainer import total_steps  # transformers, which must not be imported before it is needed
+
+    return total_steps(settings.training, examples, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def scheduled(rules: Mapping[str, Method | None] | Method, steps: int) -> Mapping[str, Method | None] | Method:
+    """The rules for a run of so many steps, which a method that follows a schedule has to know."""
+    if isinstance(rules, Method):
+        return rules.scheduled(steps)
+    return {pattern: None if method is None else method.scheduled(steps) for pattern, method in rules.items()}
 
 
 def _teaches_to_stop(one: Encoded, model: Any) -> bool:
@@ -99,8 +117,6 @@ def show_plan(job: Job) -> None:
 
 def show_dry_run(job: Job) -> None:
     """Data statistics, one example with its mask, and an estimate of the memory."""
-    from veneer.train.trainer import total_steps
-
     console, settings = job.console, job.settings
     lengths = sorted(len(e) for e in job.train)
     trained = sum(e.trained_tokens for e in job.train)
@@ -113,8 +129,7 @@ def show_dry_run(job: Job) -> None:
         f"tokens: {sum(lengths)} in all, {trained} with loss; an example has {lengths[0]} to {lengths[-1]}, "
         f"median {lengths[len(lengths) // 2]}"
     )
-    steps = total_steps(settings.training, len(job.train))
-    console.say(f"steps: {steps}, each of {settings.training.batch_size * settings.training.gradient_accumulation}")
+    console.say(f"steps: {job.steps}, each of {settings.training.batch_size * settings.training.gradient_accumulation}")
     console.heading(f"An example ({job.train[0].place}); loss on the tokens between ⟦ and ⟧")
     console.pieces(show_mask(job.train[0], job.encoder.tokenizer))
     console.heading("Memory (estimate)")

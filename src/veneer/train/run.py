@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ def _run(job: Job, checkpoint: str | None) -> Results:
 def _fit(job: Job, results: Results, checkpoint: str | None) -> None:
     # these modules subclass classes of transformers, which must not be imported before a command needs it
     from veneer.train.progress import MetricsLog, ProgressCallback
-    from veneer.train.trainer import AdapterTrainer, TimeLimit, total_steps, training_arguments
+    from veneer.train.trainer import AdapterTrainer, TimeLimit, training_arguments
 
     settings = job.settings
     log = MetricsLog(job.directory / METRICS)
@@ -136,9 +135,7 @@ def _fit(job: Job, results: Results, checkpoint: str | None) -> None:
     limit = TimeLimit(settings.training.max_minutes) if settings.training.max_minutes else None
     if limit is not None:
         callbacks.append(limit)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    steps = total_steps(settings.training, len(job.train), world)
-    arguments = training_arguments(settings.training, settings.evaluation, job.directory, steps)
+    arguments = training_arguments(settings.training, settings.evaluation, job.directory, job.steps)
     trainer = AdapterTrainer(
         job.model, arguments, job.train, job.heldout, job.encoder.tokenizer.pad_token_id,
         adapter_name=settings.adapter.name, callbacks=callbacks,
@@ -154,7 +151,7 @@ def _fit(job: Job, results: Results, checkpoint: str | None) -> None:
     results.facts += [
         ("Model", job.loaded.source),
         ("Trainable parameters", f"{job.plan.trainable_parameters:,} of {job.plan.base_parameters:,}"),
-        ("Steps", f"{done} of {steps}"),
+        ("Steps", f"{done} of {job.steps}"),
         ("Training time", f"{progress.seconds:.1f} s"),
         ("Speed", f"{progress.rate():.0f} tokens/s (padding not counted)"),
     ]

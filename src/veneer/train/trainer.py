@@ -19,6 +19,7 @@ import veneer
 from veneer.attach import attached
 from veneer.method import VeneerError
 from veneer.train.batches import Collator, LengthGroupedSampler
+from veneer.train.checkpoint import load_progress, save_progress
 from veneer.train.encode import Encoded
 from veneer.train.evaluate import heldout_loss
 from veneer.train.loss import keeps_logits, masked_loss
@@ -164,7 +165,9 @@ class AdapterTrainer(transformers.Trainer):
         if self.args.should_save:
             path = Path(output_dir or self.args.output_dir)
             path.mkdir(parents=True, exist_ok=True)
-            veneer.save(self.accelerator.unwrap_model(self.model), path, name=self.adapter_name)
+            model = self.accelerator.unwrap_model(self.model)
+            veneer.save(model, path, name=self.adapter_name)
+            save_progress(model, self.adapter_name, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(resume_from_checkpoint)
@@ -180,6 +183,7 @@ class AdapterTrainer(transformers.Trainer):
         if not os.path.isdir(path):
             raise VeneerError(f"there is no checkpoint at {path!r}")
         veneer.load(model, path, name=self.adapter_name)
+        load_progress(model, self.adapter_name, Path(path))
 
     def diverged(self, what: str) -> None:
         """Stop, before the step is taken, and keep the adapter as it was. Raises `DivergedError`."""

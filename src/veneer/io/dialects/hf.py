@@ -1,6 +1,7 @@
 """Hugging Face PEFT's files: `adapter_config.json` and the tensors beside it, both ways.
 
-Written and read as PEFT 0.21 does; `hf_write` and `hf_read` hold the two directions.
+Written and read as PEFT 0.21 does. `hf_write` and `hf_read` hold what all files have in common, one `FileType` for
+each `peft_type` what its own have (`hf_types` lists them).
 """
 
 from __future__ import annotations
@@ -11,20 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.io.dialects.hf_read import decode
-from veneer.io.dialects.hf_write import Inexpressible, encode
+from veneer.io.dialects.hf_base import Inexpressible
+from veneer.io.dialects.hf_read import TOKENS, decode
+from veneer.io.dialects.hf_types import file_type
+from veneer.io.dialects.hf_write import encode
 
 
 def describe(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
-    """What the files hold, without a model: (method → number of weights, weights in all)."""
-    found: Counter[str] = Counter()
-    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    """What the files hold, without a model: (method → number of weights, weights in all).
+
+    Raises `VeneerError` for a `peft_type` that Veneer does not read.
+    """
+    found: Counter[str]
+    found, known = file_type(config).describe(config, tensors)
     for key, tensor in tensors.items():
-        if key.endswith(".lora_A.weight") or key.endswith(".lora_embedding_A"):
-            found[f"{kind} with {tensor.shape[0]} rows in A"] += 1
-        elif key.endswith(".trainable_tokens_delta"):
+        if key.endswith(TOKENS):
             found[f"Rows of {tensor.shape[0]} tokens"] += 1
-        elif ".lora_" not in key:
+        elif key not in known:
             found["Full"] += 1
     return dict(found), sum(found.values())
 

@@ -1,0 +1,72 @@
+"""LoRA and DoRA in PEFT's files: the config keys, and what they mean for a weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from veneer.io.dialects import hf_lora_read, hf_lora_write
+from veneer.io.dialects.hf_base import Draft, FileType, Reading
+from veneer.io.records import Record
+from veneer.method import VeneerError
+
+_KEYS: dict[str, Any] = {
+    "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "lora_bias": False,
+    "bias": "none", "rank_pattern": {}, "alpha_pattern": {}, "exclude_modules": None, "target_parameters": None,
+    "trainable_token_indices": None, "ensure_weight_tying": False, "init_lora_weights": True,
+}
+#: of LoraConfig, without influence on what a loaded adapter computes
+PASSED_OVER = frozenset({"megatron_core", "runtime_config", "qalora_group_size", "loftq_config", "eva_config",
+                         "corda_config", "lora_ga_config"})
+#: of LoraConfig, with influence
+REFUSED = {
+    "layer_replication": "it repeats layers of the base",
+    "alora_invocation_tokens": "the adapter is live only after certain tokens",
+    "use_qalora": "it pools the input of A",
+    "arrow_config": "it routes every token among several adapters",
+    "kasa_config": "it changes the base weights",
+    "monteclora_config": "it samples the weights",
+    "velora_config": "it compresses activations",
+    "use_bdlora": "its factors are block-diagonal",
+    "megatron_config": "it is for Megatron's layers",
+}
+#: starts that leave the base as it is; the others subtract from it, and the file is relative to that residue
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
+
+
+class LoraFiles(FileType):
+    """`peft.LoraConfig`, with `use_dora`; also for files with nothing but modules_to_save and the like."""
+
+    peft_type = "LORA"
+    keys = _KEYS
+    passed_over = PASSED_OVER
+    refused = REFUSED
+    bias_only = "lora_only"
+
+    def place(self, draft: Draft, records: Sequence[Record]) -> None:
+        hf_lora_write.place(draft, records)
+
+    def config(self, draft: Draft) -> dict[str, Any]:
+        return hf_lora_write.config(draft)
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        if config["init_lora_weights"] not in _PLAIN_STARTS:
+            raise VeneerError(f"adapter_config.json: init_lora_weights={config['init_lora_weights']!r} changed the "
+                              "base weights when training began, and this file is relative to the changed ones. "
+                              "Convert it with PEFT: "
+                              "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+
+    def read(self, reading: Reading, key: str, name: str, tensor: Tensor) -> bool:
+        return hf_lora_read.read(reading, key, name, tensor)
+
+    def finish(self, reading: Reading) -> None:
+        hf_lora_read.finish(reading)
+
+    def describe(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Counter[str], set[str]]:
+        kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+        found = Counter(f"{kind} with {tensor.shape[0]} rows in A" for key, tensor in tensors.items()
+                        if key.endswith((".lora_A.weight", ".lora_embedding_A")))
+        return found, {key for key in tensors if ".lora_" in key}
