@@ -1,7 +1,7 @@
 """Cost of one adapted linear layer: (forward + backward) ÷ (frozen forward + dX), Veneer beside peft.
 
     python benchmarks/layers.py [--methods lora dora loha ...] [--dtypes bf16 fp32] [--m 1024 --k 2048 --n 2048]
-    python benchmarks/layers.py --sizes all [--seconds-per-cell 8]
+    python benchmarks/layers.py --sizes all [--seconds-per-cell 6]
 
 Every contender stands over the same weight and gets the same input, which requires grad as inside a network,
 and the same dY. Between repetitions each takes an optimizer step outside the timed span, so nothing kept from
@@ -255,10 +255,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, nargs="+", help="width of the output")
     parser.add_argument("--rank", type=int, default=16, help="of the methods whose row names no rank")
     parser.add_argument("--bias", action="store_true", help="the base layer has a bias")
-    parser.add_argument("--repetitions", type=int, default=40, help="at most")
+    parser.add_argument("--repetitions", type=int, help="at most; default 100 for several sizes, else 40")
     parser.add_argument("--seconds-per-cell", type=float,
                         help=f"end a method's measurement after about as many, with at least {common.FEWEST} "
-                             "repetitions; default 8 for several sizes, else no limit")
+                             "repetitions; default 6 for several sizes, else no limit")
     parser.add_argument("--warmup", type=int, help="untimed repetitions before; default 1 for several sizes, else 3")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
@@ -268,10 +268,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.grid = _grid(parser, args)
     several = len(args.grid) > 1
+    if args.repetitions is None:
+        args.repetitions = 100 if several else 40
     if args.warmup is None:
         args.warmup = 1 if several else 3
     if args.seconds_per_cell is None and several:
-        args.seconds_per_cell = 8.0
+        args.seconds_per_cell = 6.0
     return args
 
 
@@ -287,17 +289,15 @@ def _grid(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[tup
 
 
 def conditions(args: argparse.Namespace) -> str:
-    if len(args.grid) == 1:
-        m, k, n = args.grid[0]
-        said = (f"m={m}, k={k}, n={n}, r={args.rank} unless the row has its own, {args.repetitions} interleaved "
-                "repetitions")
-    else:
-        said = (f"r={args.rank} unless the row has its own, {common.FEWEST} to {args.repetitions} interleaved "
-                f"repetitions (rounds) in about {args.seconds_per_cell:g} s for each row")
-    return (f"{said}; the median of paired ratios [quartiles]. Adapters are fp32 unless it says 16-bit. `kept`: what "
-            "lives from forward to backward beside the output (the input counts if the layer holds it, which a frozen "
-            "one does not). `peak`: the most allocated at once, input and gradients included. VB-LoRA's vectors are as "
-            "long as peft takes them, up to 256: a divisor of k and n."
+    size = "m={}, k={}, n={}, ".format(*args.grid[0]) if len(args.grid) == 1 else ""
+    rounds = f"{args.repetitions} interleaved repetitions"
+    if args.seconds_per_cell is not None:
+        rounds = f"{common.FEWEST} to {rounds} (rounds) in about {args.seconds_per_cell:g} s for each method"
+    return (f"{size}r={args.rank} unless the row has its own, {rounds}; the median of paired ratios [quartiles]. "
+            "Adapters are fp32 unless it says 16-bit. `kept`: what lives from forward to backward beside the output "
+            "(the input counts if the layer holds it, which a frozen one does not). `peak`: the most allocated at "
+            "once, input and gradients included. VB-LoRA's vectors are as long as peft takes them, up to 256: a "
+            "divisor of k and n."
             f"{common.CPU_TIME_NOTE if args.cpu_time else ''}\n")
 
 

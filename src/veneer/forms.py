@@ -14,22 +14,25 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """ΔW = scale · B · diag(mid) · A, with A (*batch, r, in), B (*batch, out, r), mid (*batch, r) or None for ones."""
+    """ΔW = scale · diag(out) · B · diag(mid) · A, with A (*batch, r, in), B (*batch, out, r); mid (*batch, r) and out
+    (*batch, out), or None for ones, stay apart where A and B are frozen and only they are trained."""
 
     A: Tensor
     B: Tensor
     scale: float = 1.0
     mid: Tensor | None = None
+    out: Tensor | None = None
 
     def folded(self) -> Factors:
-        """The same without `mid`, which goes into A; both of one dtype."""
+        """The same as two factors of one dtype: mid goes into A, out into B."""
         A = self.A if self.mid is None else self.mid.unsqueeze(-1) * self.A
-        dtype = torch.promote_types(A.dtype, self.B.dtype)
-        return Factors(A.to(dtype), self.B.to(dtype), self.scale)
+        B = self.B if self.out is None else self.out.unsqueeze(-1) * self.B
+        dtype = torch.promote_types(A.dtype, B.dtype)
+        return Factors(A.to(dtype), B.to(dtype), self.scale)
 
     def dense(self) -> Tensor:
         """ΔW (*batch, out, in)."""
-        A, B, scale, _ = self.folded()
+        A, B, scale, *_ = self.folded()
         return scale * (B @ A)
 
     def apply(self, x: Tensor) -> Tensor:
@@ -37,22 +40,26 @@ class Factors(NamedTuple):
         low = F.linear(x, self.A.to(x.dtype))
         if self.mid is not None:
             low = low * self.mid.to(x.dtype)
-        return F.linear(low, (self.scale * self.B).to(x.dtype))
+        B = self.B if self.out is None else self.out.unsqueeze(-1) * self.B
+        return F.linear(low, (self.scale * B).to(x.dtype))
 
     def turned(self) -> Factors:
         """ΔWᵀ."""
-        return Factors(self.B.mT, self.A.mT, self.scale, self.mid)
+        A, B, scale, *_ = self.folded()
+        return Factors(B.mT, A.mT, scale)
 
     def to(self, dtype: torch.dtype) -> Factors:
-        return Factors(self.A.to(dtype), self.B.to(dtype), self.scale, None if self.mid is None else self.mid.to(dtype))
+        mid, out = (None if t is None else t.to(dtype) for t in (self.mid, self.out))
+        return Factors(self.A.to(dtype), self.B.to(dtype), self.scale, mid, out)
 
     def detach(self) -> Factors:
-        return Factors(self.A.detach(), self.B.detach(), self.scale, None if self.mid is None else self.mid.detach())
+        mid, out = (None if t is None else t.detach() for t in (self.mid, self.out))
+        return Factors(self.A.detach(), self.B.detach(), self.scale, mid, out)
 
     def added_square(self, weight: Tensor, wide: torch.dtype) -> Tensor:
         """‖W + ΔW‖² − ‖W‖² of every row, in `wide`, for W (*batch, out, in): 2s·rowsum(B ∘ (W Aᵀ)) +
         s²·rowsum((B (A Aᵀ)) ∘ B), with no product of W's size."""
-        A, B, scale, _ = self.detach().to(wide).folded()
+        A, B, scale, *_ = self.detach().to(wide).folded()
         # The product with W runs in W's dtype (a fast matmul with wide accumulators); the sums are wide.
         cross = (weight @ A.to(weight.dtype).mT).to(wide)
         inner = B @ (A @ A.mT)

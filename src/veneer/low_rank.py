@@ -95,7 +95,7 @@ def sum_of(changes: list[tuple[float, Change]]) -> Change:
         return weight * one if isinstance(one, Tensor) else one._replace(scale=weight * one.scale)
     if all(isinstance(change, (Factors, Kronecker)) for _, change in changes):
         pairs = [as_factors(change) for _, change in changes]
-        B = [weight * scale * B for (weight, _), (_, B, scale, _) in zip(changes, pairs, strict=True)]
+        B = [weight * scale * B for (weight, _), (_, B, scale, *_) in zip(changes, pairs, strict=True)]
         return Factors(torch.cat([pair.A for pair in pairs], -2), torch.cat(B, -1))
     return sum((weight * dense(change) for weight, change in changes[1:]), changes[0][0] * dense(changes[0][1]))
 

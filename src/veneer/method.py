@@ -167,8 +167,11 @@ class Adapter(nn.Module):
         return weight + self.delta()
 
     # -- shortcuts a method may have ------------------------------------------------------------------
-    def form(self) -> Form | None:
-        """ΔW as factors or as a Kronecker product, or None when it has no such form or none that pays."""
+    def form(self, dtype: torch.dtype | None = None) -> Form | None:
+        """ΔW as factors or as a Kronecker product, or None when it has no such form or none that pays.
+
+        dtype: in which it will be applied. Large parts may be made in it; None: in the parameters' own.
+        """
         return None
 
     def gain(self, weight: Tensor, form: Form | None = None) -> Tensor | None:
@@ -305,7 +308,7 @@ class Method:
     def shared(self, dtype: torch.dtype) -> Shared | None:
         """New state, not yet filled, that all weights with this settled method in a plan share, or None.
 
-        dtype: the adapters' default, as for `build`.
+        dtype: of the first of these weights.
         """
         return None
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from .compare import (
 )
 
 peft = pytest.importorskip("peft", reason="the family is compared with PEFT's layers")
+HadaWeightCP = pytest.importorskip("peft.tuners.loha.layer").HadaWeightCP
 
 MATRICES = LINEAR + CONV1D_OF_TRANSFORMERS
 RENAMED = {"vera_lambda_d": "d", "vera_lambda_b": "b", "vblora_logits_A": "logits_A", "vblora_logits_B": "logits_B",
@@ -105,67 +107,69 @@ class Case:
     spread: float = 0.5
 
 
+def _loha(names: tuple[str, ...], rank: int, alpha: float, effective: bool = False, spread: float = 0.5) -> Case:
+    return Case(LoHa(rank=rank, alpha=alpha, effective_conv=effective),
+                partial(peft.LoHaConfig, r=rank, alpha=alpha, use_effective_conv2d=effective), names,
+                loha_count(rank, effective), spread=spread)
+
+
+def _lokr(names: tuple[str, ...], rank: int, alpha: float, both: bool = False, factor: int = -1,
+          effective: bool = False) -> Case:
+    return Case(LoKr(rank=rank, alpha=alpha, decompose_both=both, decompose_factor=factor, effective_conv=effective),
+                partial(peft.LoKrConfig, r=rank, alpha=alpha, decompose_both=both, decompose_factor=factor,
+                        use_effective_conv2d=effective), names, lokr_count(rank, factor, both, effective), spread=1.0)
+
+
+def _randlora(rank: int, alpha: float, sparsity: str | None = None) -> Case:
+    return Case(RandLoRA(rank=rank, alpha=alpha, seed=5, sparsity=sparsity),
+                partial(peft.RandLoraConfig, r=rank, randlora_alpha=alpha, projection_prng_key=5,
+                        sparse=sparsity == "sparse", very_sparse=sparsity == "very_sparse"),
+                MATRICES, randlora_count(rank))
+
+
 CASES = {
-    "loha": Case(LoHa(rank=3, alpha=6), functools.partial(peft.LoHaConfig, r=3, alpha=6), LINEAR + CONV1D + CONV2D,
-                 loha_count(3, False)),
-    # so small a rank that its square still pays as a pair of factors
-    "loha-1": Case(LoHa(rank=1), functools.partial(peft.LoHaConfig, r=1, alpha=1), LINEAR + CONV1D + CONV2D,
-                   loha_count(1, False), spread=1.0),
-    "loha-conv": Case(LoHa(rank=3, alpha=6, effective_conv=True),
-                      functools.partial(peft.LoHaConfig, r=3, alpha=6, use_effective_conv2d=True), CONV1D + CONV2D,
-                      loha_count(3, True)),
-    "lokr": Case(LoKr(rank=1, alpha=3), functools.partial(peft.LoKrConfig, r=1, alpha=3), LINEAR + CONV1D + CONV2D,
-                 lokr_count(1)),
-    # PEFT's Conv1d layers put a whole W₂ together otherwise, see below
-    "lokr-whole": Case(LoKr(rank=8, alpha=12), functools.partial(peft.LoKrConfig, r=8, alpha=12), LINEAR + CONV2D,
-                       lokr_count(8)),
-    "lokr-both": Case(LoKr(rank=1, alpha=2, decompose_both=True),
-                      functools.partial(peft.LoKrConfig, r=1, alpha=2, decompose_both=True), LINEAR + CONV1D + CONV2D,
-                      lokr_count(1, both=True), spread=1.0),
-    "lokr-factor": Case(LoKr(rank=2, alpha=2, decompose_factor=3),
-                        functools.partial(peft.LoKrConfig, r=2, alpha=2, decompose_factor=3), LINEAR + CONV2D,
-                        lokr_count(2, factor=3)),
-    # (torch.kron as PEFT calls it raises for a core of rank 1 on its Conv1d)
-    "lokr-conv": Case(LoKr(rank=1, alpha=1, effective_conv=True),
-                      functools.partial(peft.LoKrConfig, r=1, alpha=1, use_effective_conv2d=True), CONV2D,
-                      lokr_count(1, effective=True), spread=1.0),
-    "lokr-conv-factor": Case(LoKr(rank=2, alpha=2, effective_conv=True, decompose_factor=2),
-                             functools.partial(peft.LoKrConfig, r=2, alpha=2, use_effective_conv2d=True, decompose_factor=2), CONV1D + CONV2D,
-                             lokr_count(2, factor=2, effective=True)),
-    "vera": Case(VeRA(rank=40, seed=5), functools.partial(peft.VeraConfig, r=40, projection_prng_key=5), MATRICES,
+    "loha": _loha(LINEAR + CONV1D + CONV2D, rank=3, alpha=6),
+    "loha-1": _loha(LINEAR + CONV1D + CONV2D, rank=1, alpha=1, spread=1.0),  # small enough for a pair of factors
+    "loha-conv": _loha(CONV1D + CONV2D, rank=3, alpha=6, effective=True),
+    "lokr": _lokr(LINEAR + CONV1D + CONV2D, rank=1, alpha=2),
+    # without Conv1d, where PEFT puts a whole W₂ together otherwise: see below
+    "lokr-whole": _lokr(LINEAR + CONV2D, rank=8, alpha=8),
+    "lokr-both": _lokr(LINEAR + CONV1D + CONV2D, rank=1, alpha=2, both=True),
+    "lokr-factor": _lokr(LINEAR + CONV2D, rank=2, alpha=2, factor=3),
+    "lokr-conv": _lokr(CONV2D, rank=1, alpha=1, effective=True),  # PEFT's raises on Conv1d, from torch.kron
+    "lokr-conv-factor": _lokr(CONV1D + CONV2D, rank=2, alpha=2, factor=2, effective=True),
+    "vera": Case(VeRA(rank=40, seed=5), partial(peft.VeraConfig, r=40, projection_prng_key=5), MATRICES,
                  lambda s: 40 + s.out, spread=0.3),
     "vblora": Case(VBLoRA(rank=3, num_vectors=11, vector_length=4, topk=3),
-                   functools.partial(peft.VBLoRAConfig, r=3, num_vectors=11, vector_length=4, topk=3), MATRICES,
+                   partial(peft.VBLoRAConfig, r=3, num_vectors=11, vector_length=4, topk=3), MATRICES,
                    lambda s: 11 * 3 * (s.in_ // 4 + s.out // 4), shared=11 * 4),
-    "randlora": Case(RandLoRA(rank=5, alpha=2, seed=5),
-                     functools.partial(peft.RandLoraConfig, r=5, randlora_alpha=2, projection_prng_key=5), MATRICES,
-                     randlora_count(5)),
-    "randlora-sparse": Case(RandLoRA(rank=4, alpha=2, sparsity="sparse"),
-                            functools.partial(peft.RandLoraConfig, r=4, randlora_alpha=2, projection_prng_key=0, sparse=True), MATRICES, randlora_count(4)),
-    # of higher rank than some of the weights
-    "randlora-very-sparse": Case(RandLoRA(rank=12, alpha=4, sparsity="very_sparse"),
-                                 functools.partial(peft.RandLoraConfig, r=12, randlora_alpha=4, projection_prng_key=0, very_sparse=True), MATRICES, randlora_count(12)),
+    "randlora": _randlora(rank=5, alpha=2),
+    "randlora-sparse": _randlora(rank=4, alpha=2, sparsity="sparse"),
+    "randlora-very-sparse": _randlora(rank=12, alpha=4, sparsity="very_sparse"),  # some weights have one base
     # PEFT divides by the rank plus 1e-5: at rank 4 that is a relative 2.5e-6, and part of the bar
     "adalora": Case(AdaLoRA(init_r=4, target_r=2, total_step=10, alpha=4),
-                    functools.partial(peft.AdaLoraConfig, init_r=4, target_r=2, total_step=10, lora_alpha=4),
+                    partial(peft.AdaLoraConfig, init_r=4, target_r=2, total_step=10, lora_alpha=4),
                     MATRICES + CONV2D[:3], lambda s: 4 * (s.in_ + s.out + 1)),
 }
 CELLS = [(case, layer) for case, c in CASES.items() for layer in c.names]
 
 
 @pytest.fixture(autouse=True)
-def _bfloat16(monkeypatch):
-    # PEFT draws RandLoRA's bases in bfloat16 only where accelerate says that some device has it, and in float16
+def _as_meant(monkeypatch):
+    """Two things of PEFT's that depend on the machine or are wrong."""
+    # It draws RandLoRA's bases in bfloat16 only where accelerate says that some device has it, and in float16
     # elsewhere. Ours are always bfloat16, which torch has on every CPU.
     monkeypatch.setattr("peft.tuners.randlora.model.is_bf16_available", lambda *args, **kwargs: True)
+    # The backward that is written by hand for LoHa's decomposed kernels takes the other factor's core for the
+    # gradients of w1_a and w2_a (see below): its own forward is differentiated by autograd instead.
+    forward = partial(HadaWeightCP.forward, SimpleNamespace(save_for_backward=lambda *tensors: None))
+    monkeypatch.setattr("peft.tuners.loha.layer.make_weight_cp", forward)
 
 
-def peft_model(config: Callable[..., peft.PeftConfig], model: nn.Module, widen: bool = True) -> nn.Module:
-    """widen: fp32 in place of 16 bit, bases too, as by default."""
+def peft_model(config: Callable[..., peft.PeftConfig], model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Conv1D and Linear side by side
-        targets = [name for name, _ in model.named_children()]
-        return peft.get_peft_model(model, config(target_modules=targets), autocast_adapter_dtype=widen)
+        return peft.get_peft_model(model, config(target_modules=[name for name, _ in model.named_children()]))
 
 
 def renamed(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -191,7 +195,7 @@ class Pair:
         return self.theirs.base_model.model[name]
 
 
-@functools.cache
+@cache
 def pair_of(case: str) -> Pair:
     c = CASES[case]
     ours, theirs = layers(c.names), peft_model(c.config, layers(c.names))
@@ -252,7 +256,7 @@ def test_a_whole_second_factor_on_conv1d():
     torch.manual_seed(0)
     flat, square = nn.Conv1d(12, 16, 3), nn.Conv2d(12, 16, (3, 1))
     base = nn.ModuleDict({"flat": flat, "square": square})
-    theirs = peft_model(functools.partial(peft.LoKrConfig, r=8, alpha=8), base)
+    theirs = peft_model(partial(peft.LoKrConfig, r=8, alpha=8), base)
     with torch.no_grad():
         values = {name: torch.randn(p.shape) for name, p in renamed(theirs.base_model.model["square"]).items()}
         changes = []
@@ -269,14 +273,36 @@ def test_a_whole_second_factor_on_conv1d():
     assert relative(mine, changes[0]) > 0.5
 
 
+def test_gradients_of_a_decomposed_loha_are_slopes(monkeypatch):
+    """Of PEFT's own function in fp64, by central differences along every parameter."""
+    monkeypatch.setattr("peft.tuners.loha.layer.make_weight_cp", HadaWeightCP.apply)
+    base = layers(("conv2d",)).double()
+    (_, adapter), = attach(base, CASES["loha-conv"].method).values()
+    theirs = peft_model(CASES["loha-conv"].config, layers(("conv2d",)).double()).double()
+    layer = theirs.base_model.model["conv2d"]
+    with torch.no_grad():
+        for param in renamed(layer).values():
+            param.normal_()
+    copy_into(adapter, renamed(layer))
+    x = torch.randn(LAYERS["conv2d"].input, dtype=torch.float64)
+    base["conv2d"](x).square().sum().backward()
+    for name, param in renamed(layer).items():
+        way = torch.randn_like(param)
+        values = []
+        with torch.no_grad():
+            for step in (1e-5, -2e-5):
+                param.add_(way, alpha=step)
+                values.append(float(layer(x).square().sum()))
+            param.add_(way, alpha=1e-5)
+        slope = float((adapter.get_parameter(name).grad * way).sum())
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6), name
+
+
 # -- random bases -----------------------------------------------------------------------------------------------
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-
-
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    assert (got.dtype, got.shape) == (want.dtype, want.shape)
-    assert torch.equal(bits(got), bits(want))
+    """`want` is fp32: PEFT's layers hold what was drawn in bfloat16 in the dtype of the base."""
+    assert got.shape == want.shape
+    assert torch.equal(got.float().contiguous().view(torch.int32), want.contiguous().view(torch.int32))
 
 
 @pytest.mark.parametrize("rank", [1, 7, 64])
@@ -290,33 +316,35 @@ def test_bases_have_the_bits_of_pefts(kind, sizes, bases, seed, rank):
 
     if kind == "vera":
         method, prefix = VeRA(rank=rank, seed=seed), "vera"
-        config = functools.partial(peft.VeraConfig, r=rank, projection_prng_key=seed)
+        config = partial(peft.VeraConfig, r=rank, projection_prng_key=seed)
     else:
         method, prefix = RandLoRA(rank=rank, seed=seed, sparsity=None if kind == "randlora" else kind), "randlora"
         flags = {} if kind == "randlora" else {kind: True}
-        config = functools.partial(peft.RandLoraConfig, r=rank, projection_prng_key=seed, **flags)
-    theirs, ours = peft_model(config, model(), widen=False), model()
+        config = partial(peft.RandLoraConfig, r=rank, projection_prng_key=seed, **flags)
+    theirs, ours = peft_model(config, model()), model()
     adapters = attach(ours, method)
     (settled,) = {adapter.method for _, adapter in adapters.values()}
     assert settled.bases == bases
     shared = adapters["l0"][1].shared_state()
+    assert {shared.A.dtype, shared.B.dtype} == {torch.bfloat16 if kind == "randlora" else torch.float32}
     assert_same_bits(shared.A, getattr(theirs.base_model, f"{prefix}_A")["default"])
     assert_same_bits(shared.B, getattr(theirs.base_model, f"{prefix}_B")["default"])
 
 
 # -- starts -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("case", "method", "config"), [
-    ("linear", LoHa(rank=8), functools.partial(peft.LoHaConfig, r=8, alpha=8)),
+    ("linear", LoHa(rank=8), partial(peft.LoHaConfig, r=8, alpha=8)),
     ("conv2d", LoHa(rank=8, effective_conv=True),
-     functools.partial(peft.LoHaConfig, r=8, alpha=8, use_effective_conv2d=True)),
-    ("linear", LoKr(rank=3, decompose_both=True), functools.partial(peft.LoKrConfig, r=3, alpha=3, decompose_both=True)),
-    ("linear", LoKr(rank=3, init="lycoris"), functools.partial(peft.LoKrConfig, r=3, alpha=3, init_weights="lycoris")),
+     partial(peft.LoHaConfig, r=8, alpha=8, use_effective_conv2d=True)),
+    ("linear", LoKr(rank=3, decompose_both=True),
+     partial(peft.LoKrConfig, r=3, alpha=3, decompose_both=True)),
+    ("linear", LoKr(rank=3, init="lycoris"), partial(peft.LoKrConfig, r=3, alpha=3, init_weights="lycoris")),
     ("conv2d", LoKr(rank=3, effective_conv=True),
-     functools.partial(peft.LoKrConfig, r=3, alpha=3, use_effective_conv2d=True)),
-    ("linear", VeRA(d_initial=0.3), functools.partial(peft.VeraConfig, d_initial=0.3)),
-    ("linear", VBLoRA(vector_length=16), functools.partial(peft.VBLoRAConfig, vector_length=16)),
-    ("linear", RandLoRA(), functools.partial(peft.RandLoraConfig)),
-    ("linear", AdaLoRA(), functools.partial(peft.AdaLoraConfig, total_step=10)),
+     partial(peft.LoKrConfig, r=3, alpha=3, use_effective_conv2d=True)),
+    ("linear", VeRA(d_initial=0.3), partial(peft.VeraConfig, d_initial=0.3)),
+    ("linear", VBLoRA(vector_length=16), partial(peft.VBLoRAConfig, vector_length=16)),
+    ("linear", RandLoRA(), peft.RandLoraConfig),
+    ("linear", AdaLoRA(), partial(peft.AdaLoraConfig, total_step=10)),
 ])
 def test_starts(case, method, config):
     """Of one distribution: the same zeros and constants, and about the same mean square and largest value."""

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from tiny import chat_rows, tiny_model, write_jsonl
 
 import veneer
+from veneer.method import VeneerError
 from veneer.train import run, trainer
+from veneer.train.model import load_model
 from veneer.train.settings import load_settings
 from veneer.train.trainer import DivergedError
 
@@ -48,6 +51,50 @@ def test_resumed_run_equals_the_uninterrupted_one(project: Path) -> None:
     losses = [{row["step"]: row["loss"] for row in r.metrics if "loss" in row} for r in (whole, again)]
     assert losses[0] == losses[1]
     assert not equal(tensors("out/checkpoint-4"), tensors("out/adapter"))
+
+
+def adalora(project: Path, **options: Any) -> None:
+    """Let the project's config say AdaLoRA, without a number of steps."""
+    path = project / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["adapter"] = {"method": "adalora", "init_r": 4, "target_r": 2, **options}
+    path.write_text(yaml.safe_dump(config))
+
+
+def test_a_schedule_gets_the_steps_of_the_run_and_is_resumed(project: Path) -> None:
+    adalora(project)
+    options = ["training.epochs=3", "training.save_every=5", "training.keep_checkpoints=9", "training.batch_size=3",
+               "training.gradient_accumulation=2"]  # fmt: skip
+    train(*options)
+    assert {"progress.safetensors"} == {p.name for p in Path("out/checkpoint-5").glob("prog*")}
+    assert not list(Path("out/adapter").glob("prog*")), "it is no part of the adapter"
+    (method,) = veneer.info("out/adapter").adapters[0].methods
+    assert "total_step=12" in method
+    shutil.copytree("out/checkpoint-5", "second/checkpoint-5")
+    shutil.copy("out/metrics.jsonl", "second/metrics.jsonl")
+    train(*options, "output.directory=second", resume="last")
+    for folder in ("adapter", "checkpoint-10", "checkpoint-12"):
+        assert all(equal(safetensors.torch.load_file(file), safetensors.torch.load_file(Path("second") / folder / file.name))
+                   for file in (Path("out") / folder).glob("*.safetensors")), folder
+    fresh = load_model(load_settings("config.yaml").model).model
+    veneer.load(fresh, "out/adapter")
+    adapters = veneer.adapters(fresh)["default"].weights.values()
+    assert sum(int(a.mask.sum()) for a in adapters) == 2 * len(adapters)  # type: ignore[union-attr, operator, arg-type]
+
+
+def test_a_checkpoint_without_its_progress_is_told(project: Path) -> None:
+    adalora(project)
+    train("training.save_every=3", "training.keep_checkpoints=9")
+    Path("out/checkpoint-3/progress.safetensors").unlink()
+    with pytest.raises(VeneerError, match=r"checkpoint 'out/checkpoint-3' has no progress.safetensors"):
+        train("training.save_every=3", resume="out/checkpoint-3")
+
+
+def test_a_schedule_that_is_too_long_is_told_before_training(project: Path) -> None:
+    adalora(project, tinit=4, tfinal=2)
+    with pytest.raises(VeneerError, match="no steps are left to cut ranks in: of total_step=6"):
+        train()
+    assert not Path("out/metrics.jsonl").exists()
 
 
 def test_checkpoints_hold_the_adapter_and_no_base(project: Path) -> None:

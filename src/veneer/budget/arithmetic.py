@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.io.wrapped import whole
+
 #: running averages of one parameter: of its sensitivity, and of how far that strays from its average
 Averages = tuple[Tensor, Tensor]
 
@@ -48,17 +50,18 @@ def wide(tensor: Tensor) -> torch.dtype:
 def observe(parameters: Sequence[Tensor], gradients: Sequence[Tensor], averages: Sequence[Averages], beta1: float,
             beta2: float) -> None:
     """Update running averages in place by the sensitivity |p · ∂L/∂p| of every element (eq. 8 to 10 of the paper)."""
-    if not parameters:
-        return
-    means, strays = [list(part) for part in zip(*averages, strict=True)]
-    now = torch._foreach_mul([p.detach().to(wide(p)) for p in parameters], [g.to(wide(g)) for g in gradients])
-    torch._foreach_abs_(now)
-    torch._foreach_mul_(means, beta1)
-    torch._foreach_add_(means, now, alpha=1 - beta1)
-    torch._foreach_sub_(now, means)
-    torch._foreach_abs_(now)
-    torch._foreach_mul_(strays, beta2)
-    torch._foreach_add_(strays, now, alpha=1 - beta2)
+    # Few kernels for all of them where launching is what costs; one by one where they then stay in the cache.
+    at_once = 1 if all(p.is_cpu for p in parameters) else len(parameters)
+    for start in range(0, len(parameters), at_once):
+        some = slice(start, start + at_once)
+        means, strays = ([pair[i] for pair in averages[some]] for i in range(2))
+        now = torch._foreach_mul([p.detach().to(wide(p)) for p in parameters[some]],
+                                 [g.to(wide(g)) for g in gradients[some]])
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(means, now, 1 - beta1)
+        torch._foreach_sub_(now, means)
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(strays, now, 1 - beta2)
 
 
 def importance(E: Tensor, averages: Mapping[str, Averages]) -> Tensor:
@@ -68,7 +71,7 @@ def importance(E: Tensor, averages: Mapping[str, Averages]) -> Tensor:
         if name in averages:
             mean, stray = averages[name]
             score = mean * stray
-            total += score if dim is None else score.mean(dim)
+            total += whole(score if dim is None else score.mean(dim))
     return total
 
 

@@ -77,7 +77,7 @@ class Budget:
             self._allocate(trained, last)
         elif step >= schedule.end:  # momentum moves what was cut
             for adapter in trained:
-                adapter.E.masked_fill_(~adapter.mask, 0)
+                adapter.cut()
         if step >= schedule.end:
             for adapter in trained:
                 adapter.averages = {}
@@ -105,7 +105,7 @@ class Budget:
         masks = keep_best([importance(a.E, a.averages) for a in trained], budget)
         for adapter, mask in zip(trained, masks, strict=True):
             adapter.mask.copy_(mask)
-            adapter.E.masked_fill_(~mask, 0)
+            adapter.cut()
 
     # -- what a user may ask ----------------------------------------------------------------------------
     def is_final(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.budget.arithmetic import Averages
 from veneer.budget.changes import watch
+from veneer.io.wrapped import spread_like
 from veneer.method import Adapter, Shape, Shared
 
 
@@ -45,6 +46,10 @@ class Member(Adapter):
     @property
     def weight_name(self) -> str:
         return self.seed_key.partition("/")[2]
+
+    def cut(self) -> None:
+        """E is 0 in all triplets but those in the mask."""
+        self.E.masked_fill_(spread_like(~self.mask, self.E), 0)
 
     def guardian(self) -> Guardian | None:
         found = self.shared_state()

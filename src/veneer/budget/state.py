@@ -9,6 +9,7 @@ from torch import Tensor
 
 from veneer.budget.budget import PARTS, Budget
 from veneer.budget.member import Member
+from veneer.io.wrapped import spread_like, whole
 from veneer.method import VeneerError
 
 _KINDS = ("mean", "stray")
@@ -37,8 +38,8 @@ def progress(budget: Budget) -> dict[str, Tensor]:
     found = {"step": torch.tensor(budget.step)}
     for place, adapter in enumerate(budget.adapters()):
         found[f"{place}.mask"] = adapter.mask.clone()
-        found |= {f"{place}.{side}.cut": rows[~adapter.mask] for side, rows in _sides(adapter).items()}
-        found |= {f"{place}.{part}.{kind}": tensor for part, pair in adapter.averages.items()
+        found |= {f"{place}.{side}.cut": whole(rows)[~adapter.mask] for side, rows in _sides(adapter).items()}
+        found |= {f"{place}.{part}.{kind}": whole(tensor) for part, pair in adapter.averages.items()
                   for kind, tensor in zip(_KINDS, pair, strict=True)}
     return found
 
@@ -58,10 +59,17 @@ def resume(budget: Budget, kept: Mapping[str, Tensor]) -> None:
     budget.step = int(kept["step"])
     for place, adapter in enumerate(adapters):
         adapter.mask.copy_(kept[f"{place}.mask"])
+        adapter.averages = {}
         for side, rows in _sides(adapter).items():
-            rows[~adapter.mask] = kept[f"{place}.{side}.cut"].to(rows)
-        adapter.averages = {part: (kept[f"{place}.{part}.mean"].clone(), kept[f"{place}.{part}.stray"].clone())
-                            for part in PARTS if f"{place}.{part}.mean" in kept}
+            new = whole(rows).clone()
+            new[~adapter.mask] = kept[f"{place}.{side}.cut"].to(new)
+            rows.copy_(spread_like(new, rows))
+        for part in PARTS:
+            p = adapter.get_parameter(part)
+            pair = [kept[key] for kind in _KINDS if (key := f"{place}.{part}.{kind}") in kept]
+            if pair:
+                mean, stray = (spread_like(tensor.clone(), p) for tensor in pair)
+                adapter.averages[part] = (mean, stray)
 
 
 def _sides(adapter: Member) -> dict[str, Tensor]:

@@ -215,7 +215,7 @@ class Host(nn.Module):
 
     def term(self, adapter: Adapter, weight: Tensor, rows: Tensor | None = None) -> Term | None:
         """The adapter as a term of the ops, or None when it has no form that this layer can use."""
-        form = adapter.form()
+        form = adapter.form(weight.dtype)
         if form is None or not self.usable(form):
             return None
         gain = adapter.gain(weight, form)

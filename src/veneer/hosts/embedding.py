@@ -91,7 +91,7 @@ class EmbeddingHost(TensorHost):
         """The rows `ids` of ΔW, in base's dtype. What is looked up is cast after it, and its gradients before they are
         added up over tokens: 16-bit sums of many tokens would lose most of them."""
         if isinstance(form, Factors):
-            A, B, scale, _ = form.folded()
+            A, B, scale, *_ = form.folded()
             return self._look_up(ids, B).to(base.dtype) @ (scale * A).to(base.dtype)
         # Row o of left ⊗ right is row o // block of the one times row o % block of the other.
         block = form.right.shape[0]

@@ -134,7 +134,7 @@ class AdaLoRAAdapter(Member):
         self.E.zero_()
         self.mask.fill_(True)
 
-    def form(self) -> Factors:
+    def form(self, dtype: torch.dtype | None = None) -> Factors:
         return Factors(self.A, self.B, self.scale, self.E)
 
     def rank(self) -> Tensor:

@@ -109,8 +109,8 @@ class DoRAAdapter(Adapter):
     def delta(self) -> Tensor:
         raise VeneerError("DoRA is not additive: its change of W depends on W; use new_weight(W) - W")
 
-    def form(self) -> Form | None:
-        return self.inner.form()
+    def form(self, dtype: torch.dtype | None = None) -> Form | None:
+        return self.inner.form(dtype)
 
     def keep(self) -> Tensor | None:
         return self.inner.keep()

@@ -99,7 +99,7 @@ class LoHaAdapter(Adapter):
         (a1, b1), (a2, b2) = self._pairs()
         return (self.scale * (a1 @ b1)) * (a2 @ b2)
 
-    def form(self) -> Factors | None:
+    def form(self, dtype: torch.dtype | None = None) -> Factors | None:
         if self.rank**2 * _PAYS > min(self.shape.out, self.shape.in_):
             return None
         (a1, b1), (a2, b2) = self._pairs()

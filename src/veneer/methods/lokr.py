@@ -113,7 +113,7 @@ class LoKrAdapter(Adapter):
                 fan_in = tensor[0].numel() if name == "t2" else tensor.shape[-1]
                 uniform(tensor, fan_in**-0.5, generator)
 
-    def form(self) -> Kronecker:
+    def form(self, dtype: torch.dtype | None = None) -> Kronecker:
         return Kronecker(self._factor("w1"), self._factor("w2"), self.scale)
 
     def _factor(self, name: str) -> Tensor:

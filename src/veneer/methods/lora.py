@@ -92,7 +92,7 @@ class LoRAAdapter(Adapter):
         if self.bias is not None:
             self.bias.zero_()
 
-    def form(self) -> Factors:
+    def form(self, dtype: torch.dtype | None = None) -> Factors:
         return Factors(self.A, self.B, self.scale)
 
     def bias_delta(self) -> Tensor | None:

@@ -67,26 +67,26 @@ class RandLoRA(Method):
         return self if self.bases is not None else dataclasses.replace(self, bases=largest(shapes))
 
     def shared(self, dtype: torch.dtype) -> RandLoRABases:
-        return RandLoRABases(self)
+        return RandLoRABases(self, dtype)
 
     def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> RandLoRAAdapter:
         return RandLoRAAdapter(self, shape, self.dtype or dtype, shared)
 
 
 class RandLoRABases(Shared):
-    """A (r, 1, min) and B (max, n, r): bfloat16 numbers, sparse ones fp32."""
+    """A (r, 1, min) and B (max, n, r): bfloat16 numbers, in the base's dtype where that holds them; sparse ones fp32."""
 
     A: Tensor
     B: Tensor
 
-    def __init__(self, method: RandLoRA) -> None:
+    def __init__(self, method: RandLoRA, dtype: torch.dtype) -> None:
         super().__init__()
         assert method.bases is not None
         self.seed, r = method.seed, method.rank
         longer, shorter = max(method.bases), min(method.bases)
         #: one over the share of entries that are not zero; None for uniform ones
         self.sparsity = {None: None, "sparse": 3.0, "very_sparse": shorter**0.5}[method.sparsity]
-        dtype = torch.bfloat16 if self.sparsity is None else torch.float32
+        dtype = torch.float32 if self.sparsity is not None or dtype != torch.bfloat16 else dtype
         for name, size in (("A", (r, 1, shorter)), ("B", (longer, -(-shorter // r), r))):
             self.register_buffer(name, torch.empty(size, dtype=dtype), persistent=method.save_bases)
 
@@ -126,7 +126,7 @@ class RandLoRAAdapter(Adapter):
         self.lambda_.zero_()
         self.gamma.fill_(1 / max(self.gamma.shape[-2:]))
 
-    def form(self) -> Factors:
+    def form(self, dtype: torch.dtype | None = None) -> Factors:
         bases = self.shared_state()
         assert isinstance(bases, RandLoRABases)
         count, shorter = self.gamma.shape[-2:]
@@ -135,7 +135,7 @@ class RandLoRAAdapter(Adapter):
         if torch.compiler.is_compiling():  # which fuses the plain operations itself
             trained = (self.lambda_.unsqueeze(-1) * A.unsqueeze(-2) * self.gamma.unsqueeze(-3)).flatten(-3, -2)
         else:
-            trained = _ScaledBases.apply(A, self.lambda_, self.gamma)
+            trained = _ScaledBases.apply(A, self.lambda_, self.gamma, dtype or self.gamma.dtype)
         B = B.expand(*self.shape.batch, *B.shape)
         if self.shape.in_ <= self.shape.out:
             return Factors(trained, B, self.scale)
@@ -143,24 +143,32 @@ class RandLoRAAdapter(Adapter):
 
 
 class _ScaledBases(torch.autograd.Function):
-    """Rows ρ·n + j: λ[ρ,j]·A[ρ] ∘ γ[j]. Its backward keeps the three small tensors and nothing of the result's size."""
+    """Rows ρ·n + j: λ[ρ,j]·A[ρ] ∘ γ[j], rounded to `dtype`. Its backward keeps the three small tensors and nothing of
+    the result's size. Large ones are made base by base, which stays in a cache; both directions."""
 
     @staticmethod
-    def forward(ctx: Any, A: Tensor, lambda_: Tensor, gamma: Tensor) -> Tensor:
+    def forward(ctx: Any, A: Tensor, lambda_: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(A, lambda_, gamma)
-        out = gamma.new_empty(*gamma.shape[:-2], *lambda_.shape[-2:], gamma.shape[-1])
-        for i in range(A.shape[0]):  # one at a time stays in a cache
-            torch.mul(gamma, A[i], out=out[..., i, :, :]).mul_(lambda_[..., i, :].unsqueeze(-1))
+        A = A.to(gamma.dtype)
+        out = gamma.new_empty((*lambda_.shape, gamma.shape[-1]), dtype=dtype)
+        for i in _slices(A, out):
+            out[..., i, :, :] = (gamma.unsqueeze(-3) * A[i].unsqueeze(-2)).mul_(lambda_[..., i, :].unsqueeze(-1))
         return out.flatten(-3, -2)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, None]:
         A, lambda_, gamma = ctx.saved_tensors
+        A = A.to(gamma.dtype)
         rows = grads[0].unflatten(-2, lambda_.shape[-2:])
-        d_gamma = torch.zeros_like(gamma)
-        d_lambda = []
-        for i in range(A.shape[0]):
-            part = rows[..., i, :, :] * A[i]
-            d_gamma = d_gamma + lambda_[..., i, :].unsqueeze(-1) * part
-            d_lambda.append((part * gamma).sum(-1))
-        return None, torch.stack(d_lambda, dim=-2), d_gamma
+        d_gamma, d_lambda = torch.zeros_like(gamma), []
+        for i in _slices(A, rows):
+            part = rows[..., i, :, :] * A[i].unsqueeze(-2)
+            d_gamma = d_gamma + (lambda_[..., i, :].unsqueeze(-1) * part).sum(-3)
+            d_lambda.append((part * gamma.unsqueeze(-3)).sum(-1))
+        return None, torch.cat(d_lambda, dim=-2), d_gamma, None
+
+
+def _slices(A: Tensor, whole: Tensor) -> list[slice]:
+    """Bases to take at a time: parts of about 2¹⁸ numbers."""
+    step = max(1, A.shape[0] * 2**18 // max(whole.numel(), 1))
+    return [slice(i, i + step) for i in range(0, A.shape[0], step)]

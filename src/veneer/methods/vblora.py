@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from veneer.method import (
 from veneer.methods.options import as_dtype, check_bool, check_number
 
 _LOGITS = ("logits_A", "logits_B")
+_NARROW = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 @register("vblora")
@@ -70,7 +72,7 @@ class VBLoRA(Method):
         return self.dropout > 0
 
     def shared(self, dtype: torch.dtype) -> VectorBank:
-        return VectorBank(self, self.dtype or dtype)
+        return VectorBank(self, self.dtype or torch.promote_types(dtype, torch.float32))
 
     def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> VBLoRAAdapter:
         return VBLoRAAdapter(self, shape, self.dtype or dtype, shared)
@@ -82,8 +84,7 @@ class VectorBank(Shared):
     def __init__(self, method: VBLoRA, dtype: torch.dtype) -> None:
         super().__init__()
         self.bound = method.init_vector_bank_bound
-        size = (method.num_vectors, method.vector_length)
-        self.bank = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.bank = nn.Parameter(torch.empty(method.num_vectors, method.vector_length, dtype=dtype))
 
     def reset(self) -> None:
         uniform(self.bank, self.bound, seeded_generator(self.seed_key))
@@ -97,11 +98,11 @@ class VBLoRAAdapter(Adapter):
     def __init__(self, method: VBLoRA, shape: Shape, dtype: torch.dtype, shared: Shared | None) -> None:
         super().__init__(shape, method.dropout)
         self.topk, self.std, self.compact = method.topk, method.init_logits_std, method.save_only_topk_weights
-        self.cut = False  # logits were loaded from their top k
+        self.cut = False  # what was loaded had lost all but its top k logits
         tiles = [-(-size // method.vector_length) for size in (shape.in_, shape.out)]
-        a, b = (method.rank, tiles[0]), (tiles[1], method.rank)
-        self.logits_A = nn.Parameter(torch.empty(*shape.batch, *a, method.num_vectors, dtype=dtype))
-        self.logits_B = nn.Parameter(torch.empty(*shape.batch, *b, method.num_vectors, dtype=dtype))
+        a, b = (*shape.batch, method.rank, tiles[0]), (*shape.batch, tiles[1], method.rank)
+        self.logits_A, self.logits_B = (
+            nn.Parameter(torch.empty(*size, method.num_vectors, dtype=dtype)) for size in (a, b))
         if shared is not None:
             self.use(shared)
 
@@ -110,7 +111,7 @@ class VBLoRAAdapter(Adapter):
         for logits in (self.logits_A, self.logits_B):
             normal(logits, self.std, generator)
 
-    def form(self) -> Factors:
+    def form(self, dtype: torch.dtype | None = None) -> Factors:
         if self.cut and self.training and torch.is_grad_enabled():
             raise VeneerError("this VB-LoRA adapter was loaded from its top k weights only (save_only_topk_weights): "
                               "the other logits are gone, so it can be used and merged, not trained; call "
@@ -128,12 +129,9 @@ class VBLoRAAdapter(Adapter):
 
     def packed(self) -> dict[str, Tensor]:
         state = self.state_dict()
-        if not self.compact:
-            return state
-        for name in _LOGITS:
+        for name in _LOGITS if self.compact else ():
             top, index = state.pop(name).topk(self.topk, dim=-1)
-            narrow = next(d for d in (torch.uint8, torch.int16, torch.int32, torch.int64)
-                          if self.logits_A.shape[-1] <= torch.iinfo(d).max)
+            narrow = next(d for d in _NARROW if self.logits_A.shape[-1] <= torch.iinfo(d).max)
             state |= {f"{name}_indices": index.to(narrow), f"{name}_weights": top.softmax(-1)[..., :-1]}
         return state
 
@@ -145,5 +143,8 @@ class VBLoRAAdapter(Adapter):
                 weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1).clamp_min(0)
                 logits = torch.full(self.get_parameter(name).shape, -torch.inf, dtype=weights.dtype)
                 state[name] = logits.scatter(-1, tensors[f"{name}_indices"].long(), weights.log())
-                self.cut = True
         self.load_state_dict(state)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.cut = any(not t.is_meta and bool(t.isneginf().any()) for t in (self.logits_A, self.logits_B))

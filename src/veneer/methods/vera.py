@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,21 @@ class VeRABases(Shared):
         super().__init__()
         assert method.bases is not None
         self.seed, (out, in_) = method.seed, method.bases
+        self._copies: tuple[tuple, tuple[Tensor, Tensor]] | None = None
         for name, size in (("A", (method.rank, in_)), ("B", (out, method.rank))):
             self.register_buffer(name, torch.empty(size, dtype=torch.float32), persistent=method.save_bases)
+
+    def in_dtype(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """A and B; in a dtype of 16 bit as copies, kept for all weights together."""
+        if dtype is None or dtype.itemsize >= 4 or torch.compiler.is_compiling():
+            return self.A, self.B
+        key = (dtype, self.A.device, self.A.data_ptr(), self.A._version)
+        if self._copies is None or self._copies[0] != key:
+            self._copies = (key, (self.A.to(dtype), self.B.to(dtype)))
+        return self._copies[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_copies": None}
 
     def reset(self) -> None:
         generator = torch.Generator("cpu").manual_seed(self.seed)
@@ -112,13 +126,11 @@ class VeRAAdapter(Adapter):
         self.d.fill_(self.d_initial)
         self.b.zero_()
 
-    def form(self) -> Factors:
+    def form(self, dtype: torch.dtype | None = None) -> Factors:
         bases = self.shared_state()
         assert isinstance(bases, VeRABases)
-        A = bases.A[:, :self.shape.in_].to(self.d.device)
-        B = bases.B[:self.shape.out].to(self.b.device)
-        # d stays apart: its gradient then needs no product of A's size.
-        return Factors(A.expand(*self.shape.batch, *A.shape), self.b.unsqueeze(-1) * B, mid=self.d)
-
-    def fast_parameters(self) -> list[str]:
-        return ["b"]
+        A, B = bases.in_dtype(dtype)
+        A, B = A[:, :self.shape.in_].to(self.d.device), B[:self.shape.out].to(self.b.device)
+        batch = self.shape.batch
+        # d and b stay apart: their gradients then need no product of A's or B's size.
+        return Factors(A.expand(*batch, *A.shape), B.expand(*batch, *B.shape), mid=self.d, out=self.b)

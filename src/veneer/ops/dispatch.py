@@ -87,8 +87,9 @@ def _spreads(x: Tensor, weight: Tensor, term: Term) -> bool:
     rank, rows, (out, in_) = _rank(term), x.shape[:-1].numel(), weight.shape
     if rank < max(_SPREAD_FROM, min(out, in_) // 2):
         return False
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (form.A, form.B, form.mid))
-    again = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (form.B, form.mid))
+    right = any(t is not None and t.requires_grad for t in (form.A, form.mid))
+    left = any(t is not None and t.requires_grad for t in (form.B, form.out))
+    trains, again = torch.is_grad_enabled() and (left or right), torch.is_grad_enabled() and left
     products = rows * rank * (in_ + out) * (2 if torch.is_grad_enabled() else 1)
     once = out * in_ * rank + rows * rank * (out * trains + in_ * again)
     return once < products
@@ -123,9 +124,11 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
         side, run.scale = Product, form.scale
         tensors = (form.left if terms[0].keep is None else form.left * terms[0].keep, form.right)
     else:
-        side = Dense if op == "dense" else LowRank
         pair = _joined(terms)
-        run.scale, tensors = pair.scale, (pair.A, pair.B, pair.mid)
+        side, run.scale, tensors = LowRank, pair.scale, (pair.A, pair.B, pair.mid, pair.out)
+        if op == "dense":
+            pair = pair.folded()
+            side, tensors = Dense, (pair.A, pair.B)
     if run.dropped is not None:
         run.scale *= run.dropped.scale
     for term in terms:

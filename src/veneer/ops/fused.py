@@ -27,13 +27,14 @@ class FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, side: Side, run: Run,
                 *tensors: Tensor | None) -> Tensor:
-        y, kept = side.forward(run, x, weight, bias, *tensors)
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
+        y, kept = side.forward(run, needs, x, weight, bias, *tensors)
         total = None
         if gain is not None:
             total = y
             y = row_gain.forward(total, gain, None if bias is None else bias.to(gain.dtype) * (1 - gain))
-        ctx.side, ctx.run, ctx.count = side, run, len(tensors)
-        ctx.save_for_backward(x, weight, bias, gain, total, *tensors, *kept)
+        ctx.side, ctx.run, ctx.needs = side, run, needs
+        ctx.save_for_backward(x, weight, bias, gain, total, *kept)
         return y
 
     @staticmethod
@@ -41,10 +42,8 @@ class FusedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise VeneerError("the fused linear op has first derivatives only, and create_graph=True asks for "
                               "more; run the forward inside `with veneer.ops.use('reference'):`")
-        x, weight, bias, gain, total, *rest = ctx.saved_tensors
-        tensors, kept = rest[:ctx.count], rest[ctx.count:]
-        need_x, need_weight, need_bias, need_gain = ctx.needs_input_grad[:4]
-        needs = (need_x, *ctx.needs_input_grad[6:])
+        x, weight, bias, gain, total, *kept = ctx.saved_tensors
+        _, need_weight, need_bias, need_gain = ctx.needs_input_grad[:4]
         dy = grads[0]
         d_gain: Tensor | None = None
         d_bias: Tensor | None = None
@@ -54,7 +53,7 @@ class FusedLinear(torch.autograd.Function):
             dy, d_gain = row_gain.backward(dy, total, gain, need_gain)
             if d_gain is not None and bias is not None:
                 d_gain -= d_bias * bias
-        d_x, small = ctx.side.backward(ctx.run, dy, x, weight, kept, needs, *tensors)
+        d_x, small = ctx.side.backward(ctx.run, ctx.needs, dy, x, weight, *kept)
         d_weight = (dy.mT @ x).to(weight.dtype) if need_weight else None
         d_bias = d_bias.to(bias.dtype) if need_bias and d_bias is not None else None
         return d_x, d_weight, d_bias, d_gain, None, None, *small

@@ -252,13 +252,9 @@ class Family(FileType):
         for part, (key, tensor) in reading.shared.items():
             if owner is None:
                 reading.problems.append(f"unexpected: {key!r}: the file adapts no weight of this model")
-                continue
-            owner.tensors[part] = tensor
-            owner.keys[part] = key
-            dtype = _frozen(owner.method).get(part, tensor.dtype)
-            if not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
-                reading.problems.append(f"{key!r} would be rounded from {tensor.dtype} to {dtype}, in which "
-                                        f"{self._title} keeps it")
+            else:
+                owner.tensors[part] = tensor
+                owner.keys[part] = key
 
     # -- without a model --------------------------------------------------------------------------------
     def describe(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Counter[str], set[str]]:
@@ -286,13 +282,6 @@ class Family(FileType):
 def _remarks(of: Remarks, methods: Iterable[Method], sites: Iterable[Site]) -> list[str]:
     dtypes = list(dict.fromkeys(site.dtype for site in sites))
     return list(dict.fromkeys(text for method in dict.fromkeys(methods) for text in of(method, dtypes)))
-
-
-def _frozen(method: Method) -> dict[str, torch.dtype]:
-    """The dtypes of what all weights with this method share and none of them trains."""
-    with torch.device("meta"):
-        state = method.shared(torch.float32)
-    return {} if state is None else {f"shared.{name}": buffer.dtype for name, buffer in state.named_buffers()}
 
 
 def layer_of(site: Site, spot: Spot) -> str:
