@@ -1,6 +1,9 @@
 """Veneer: thin trainable layers over a frozen PyTorch model. The native API, and nothing else."""
 
+from veneer.allocate import update_and_allocate
 from veneer.attach import activate, attach, detach, disabled, merge, route, unmerge
+from veneer.combine import combine
+from veneer.convert import to_lora
 from veneer.inspect.summary import adapters, trainable
 from veneer.io.info import info
 from veneer.io.load import load
@@ -12,5 +15,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoRA", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "RandLoRA", "Rows", "VBLoRA", "VeRA", "activate", "adapters",
-    "attach", "detach", "disabled", "info", "load", "merge", "plan", "route", "save", "trainable", "unmerge",
+    "attach", "combine", "detach", "disabled", "info", "load", "merge", "plan", "route", "save", "to_lora", "trainable",
+    "unmerge", "update_and_allocate",
 ]

@@ -199,7 +199,8 @@ METHODS = [
     MethodCase("lokr-both", LoKr(rank=1, alpha=3, decompose_both=True, init="lycoris"), _lokr(3.0)),
     MethodCase("lokr-conv", LoKr(rank=1, effective_conv=True), _lokr(1.0), kinds=("conv",)),
     MethodCase("vera", VeRA(rank=5, d_initial=1.0, seed=7, bases=SIZE), _vera),
-    MethodCase("vblora", VBLoRA(rank=3, num_vectors=7, vector_length=4, init_vector_bank_bound=0.25), _vblora, identity_at_start=False),
+    MethodCase("vblora", VBLoRA(rank=3, num_vectors=7, vector_length=4, init_vector_bank_bound=0.25), _vblora,
+               identity_at_start=False),
     MethodCase("randlora", RandLoRA(rank=3, alpha=6, seed=7, bases=SIZE), _randlora(2.0)),
 ]
 #: every additive method once more inside of DoRA

@@ -193,9 +193,9 @@ def assert_as_good(got: Result, own: Result, truth: Result, dtype: torch.dtype) 
     Dense arithmetic now and then rounds to the truth by luck, above all in sums of terms that cancel; so where it
     seems better, it is asked again: adding up in another order, with the adapter's numbers cast at use, and with
     half a unit in the last place of noise on what goes in, eight times, which is how far no arithmetic can tell the
-    result. The worst of these counts. The floor is one unit in the last place of a 16-bit type, and the few by which two
-    orders of the same sum differ in fp32 (gradients through a softmax of three tokens need two) and fp64, where the
-    truth itself is rounded in every step.
+    result. The worst of these counts. The floor is one unit in the last place of a 16-bit type, and the few by which
+    two orders of the same sum differ in fp32 (gradients through a softmax of three tokens need two) and fp64, where
+    the truth itself is rounded in every step.
     """
     assert got.grads.keys() == own.grads.keys() == truth.grads.keys()
     floor = torch.finfo(dtype).eps * {torch.float64: 32, torch.float32: 4}.get(dtype, 1)

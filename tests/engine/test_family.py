@@ -533,6 +533,17 @@ def test_bases_turned_are_large_enough_for_randlora():
     veneer.attach(nn.Sequential(nn.Linear(6, 8)), {"0": RandLoRA(bases=(6, 8))})
 
 
+@pytest.mark.parametrize(("layer", "method"), [
+    (nn.Linear(1, 4), RandLoRA(rank=1)), (nn.Linear(2, 2), RandLoRA(rank=1, sparsity="sparse")),
+    (nn.Linear(4, 1), RandLoRA(rank=1, sparsity="very_sparse"))])
+def test_bases_too_few_to_be_random(layer, method):
+    """They would be divided by a deviation of zero."""
+    model = nn.Sequential(layer)
+    with pytest.raises(VeneerError, match=r"RandLoRA: the \d numbers of its random bases are all equal with seed=0"):
+        veneer.attach(model, {"0": method})
+    assert veneer.adapters(model) == {}
+
+
 def test_bases_that_fit_the_small_but_not_the_large_weight():
     with pytest.raises(VeneerError, match=re.escape("VeRA cannot adapt 'up'")):
         veneer.attach(Net(), dict.fromkeys(NAMES, VeRA(bases=(32, 64))))

@@ -185,6 +185,49 @@ def test_bases_depend_on_the_methods_seed_alone(case):
     assert bits(state(again)) == want
 
 
+@each_frozen
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_bases_are_the_same_numbers_over_a_base_of_any_dtype(case, dtype):
+    want = tensors(state(adapted(case)))
+    for name, got in tensors(state(adapted(case, Halves().to(dtype)))).items():
+        assert got.dtype in (torch.float32, dtype)
+        assert torch.equal(got.double(), want[name].double())
+
+
+@each
+def test_a_look_in_inference_mode_does_not_get_in_the_way_of_training(case):
+    """Of a 16-bit base, for which bases may be kept in 16 bit."""
+    model = adapted(case, Halves().bfloat16())
+    x = X.bfloat16()
+    with torch.inference_mode():
+        want = model(x)
+    assert torch.equal(model(x), want)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in veneer.trainable(model))
+
+
+@each
+def test_a_state_that_was_made_in_inference_mode(case):
+    model = Halves().bfloat16()
+    with torch.inference_mode():
+        adapted(case, model)
+        got = model(X.bfloat16())
+    torch.testing.assert_close(got, adapted(case, Halves().bfloat16())(X.bfloat16()))
+
+
+@each_frozen
+@pytest.mark.parametrize("which", ["A", "B"])
+@torch.no_grad()
+def test_other_bases_are_seen_at_once(case, which):
+    model = scatter(adapted(case, Halves().bfloat16()))
+    x = X.bfloat16()
+    before = model(x)
+    tensors(state(model))[which].mul_(-2)
+    twin = pickle.loads(pickle.dumps(model))
+    assert not torch.allclose(model(x), before)
+    assert torch.equal(model(x), twin(x))
+
+
 @each_trained
 def test_a_bank_depends_on_the_seed_of_the_attach(case):
     assert bits(state(adapted(case, seed=5))) != bits(state(adapted(case)))

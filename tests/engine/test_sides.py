@@ -27,8 +27,8 @@ def leaf(*size: int, about: float = 0.0) -> Tensor:
     return (torch.randn(size, dtype=F64) * 0.3 + about).requires_grad_()
 
 
-def factors(rank: int, mid: bool) -> Factors:
-    return Factors(leaf(rank, IN), leaf(OUT, rank), 0.7, leaf(rank) if mid else None)
+def factors(rank: int, mid: bool = False, out: bool = False) -> Factors:
+    return Factors(leaf(rank, IN), leaf(OUT, rank), 0.7, leaf(rank) if mid else None, leaf(OUT) if out else None)
 
 
 def kronecker() -> Kronecker:
@@ -59,6 +59,8 @@ def compare(x: Tensor, weight: Tensor, bias: Tensor | None, terms: list[Term], o
 
 each_bias = pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 each_gain = pytest.mark.parametrize("gain", [False, True], ids=["", "gain"])
+each_diagonal = pytest.mark.parametrize(("mid", "out"), [(False, False), (True, False), (False, True), (True, True)],
+                                        ids=["", "mid", "out", "mid and out"])
 
 
 def base(bias: bool, rows: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -66,25 +68,52 @@ def base(bias: bool, rows: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, leaf(OUT, IN), leaf(OUT) if bias else None
 
 
+def freeze(frozen: str, x: Tensor, form: Factors | Kronecker) -> None:
+    for name in frozen.split():
+        (x if name == "x" else getattr(form, name)).requires_grad_(False)
+
+
+# -- the pair beside the weight ---------------------------------------------------------------------------
+@each_bias
+@each_gain
+@each_diagonal
+@pytest.mark.parametrize("keep", [0, 1, OUT], ids=["", "all or nothing", "keep"])
+@pytest.mark.parametrize("rows", [0, 600])
+def test_low_rank(bias, gain, mid, out, keep, rows):
+    x, weight, b = base(bias, rows)
+    term = Term(factors(3, mid, out), gain=leaf(OUT, about=1) if gain else None, bias=leaf(OUT),
+                keep=torch.rand(keep, dtype=F64) if keep else None)
+    compare(x, weight, b, [term], "fused")
+
+
+@pytest.mark.parametrize("rank", [3, 30])  # `out` is multiplied into the smaller of B and the gradient
+@pytest.mark.parametrize("frozen", ["A B", "A B mid", "A B out", "A mid out", "B mid out", "mid out", "A B x",
+                                    "A B mid x", "A B out x", "A mid out x", "B mid out x", "A B mid out"])
+def test_low_rank_with_some_of_it_frozen(frozen, rank):
+    """No gradient is computed for what needs none, and the others do not change by it."""
+    x, weight, b = base(True)
+    form = factors(rank, True, True)
+    freeze(frozen, x, form)
+    compare(x, weight.requires_grad_(False), b.requires_grad_(False), [Term(form)], "fused")
+
+
 # -- the pair spread out over the weight ------------------------------------------------------------------
 @each_bias
 @each_gain
-@pytest.mark.parametrize("mid", [False, True], ids=["", "mid"])
+@each_diagonal
 @pytest.mark.parametrize("keep", [0, 1, OUT], ids=["", "all or nothing", "keep"])
-def test_dense(bias, gain, mid, keep):
+def test_dense(bias, gain, mid, out, keep):
     x, weight, b = base(bias, rows=700)
-    term = Term(factors(64, mid), gain=leaf(OUT, about=1) if gain else None, bias=leaf(OUT),
+    term = Term(factors(64, mid, out), gain=leaf(OUT, about=1) if gain else None, bias=leaf(OUT),
                 keep=torch.rand(keep, dtype=F64) if keep else None)
     compare(x, weight, b, [term], "dense")
 
 
-@pytest.mark.parametrize("frozen", ["A", "B", "mid", "A mid", "B mid", "x", "x A B"])
+@pytest.mark.parametrize("frozen", ["A", "B", "mid", "A mid", "B mid", "B out", "A mid x", "B out x", "A B mid out"])
 def test_dense_with_some_of_it_frozen(frozen):
-    """No gradient is computed for what needs none, and the others do not change by it."""
     x, weight, b = base(True, rows=2000)
-    form = factors(64, True)
-    for name in frozen.split():
-        (x if name == "x" else getattr(form, name)).requires_grad_(False)
+    form = factors(64, True, True)
+    freeze(frozen, x, form)
     compare(x, weight.requires_grad_(False), b.requires_grad_(False), [Term(form)], "dense")
 
 
@@ -128,15 +157,14 @@ def test_product_for_some_rows(bias, rows):
 def test_product_with_some_of_it_frozen(frozen):
     x, weight, b = base(True, rows=300)
     form = kronecker()
-    for name in frozen.split():
-        (x if name == "x" else getattr(form, name)).requires_grad_(False)
+    freeze(frozen, x, form)
     compare(x, weight.requires_grad_(False), b.requires_grad_(False), [Term(form)], "fused")
 
 
 @pytest.mark.parametrize("form", ["product", "dense", "low rank"])
 def test_inputs_and_gradients_that_are_not_contiguous(form):
     weight = leaf(OUT, IN)
-    term = Term(kronecker() if form == "product" else factors(64 if form == "dense" else 2, True))
+    term = Term(kronecker() if form == "product" else factors(64 if form == "dense" else 2, True, True))
     x = torch.randn(IN, 700, dtype=F64).T.requires_grad_()
     compare(x, weight, None, [term], "dense" if form == "dense" else "fused")
     x = torch.randn(100, 7, IN, dtype=F64).transpose(0, 1).requires_grad_()
@@ -154,14 +182,14 @@ def test_an_empty_batch(form):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-@pytest.mark.parametrize("form", ["product", "low rank"])
+@pytest.mark.parametrize("form", ["product", "low rank", "two diagonals"])
 @pytest.mark.parametrize("rows", [False, True], ids=["", "rows"])
 def test_dropout_on_the_input(form, rows, p):
     """With the dropped elements known, the op is the plain operations on the dropped input."""
     x, weight, bias = base(True, rows=300)
     pair = kronecker() if form == "product" else factors(3, True)
     side, tensors = ((sides.Product, (pair.left, pair.right)) if form == "product" else
-                     (sides.LowRank, (pair.A, pair.B, pair.mid)))
+                     (sides.LowRank, (pair.A, pair.B, pair.mid, pair.out)))
     dropped = Dropped(p, x.shape, x.device)
     mask = (torch.arange(300) % 3 > 0).to(F64).unsqueeze(1) if rows else None
     run = sides.Run(pair.scale * dropped.scale, dropped,
@@ -170,14 +198,14 @@ def test_dropout_on_the_input(form, rows, p):
     inner = x * (dropped.apply(torch.ones_like(x)) * dropped.scale)
     truth = nn.functional.linear(x, weight, bias) + pair.apply(inner) * (1 if mask is None else mask)
     torch.testing.assert_close(y, truth, rtol=1e-12, atol=1e-12)
-    leaves = dict(enumerate([x, weight, bias, *tensors]))
+    leaves = dict(enumerate([x, weight, bias, *(t for t in tensors if t is not None)]))
     for got, want in zip(gradients(y, leaves).values(), gradients(truth, leaves).values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-def test_a_scale_and_a_mid_in_several_terms():
+def test_several_terms_of_different_scales_and_diagonals():
     x, weight, bias = base(True)
-    terms = [Term(factors(2, True)), Term(factors(3, False)._replace(scale=2.0)), Term(factors(1, True))]
+    terms = [Term(factors(2, True)), Term(factors(3)._replace(scale=2.0)), Term(factors(1, True, True))]
     compare(x, weight, bias, terms, "fused")
     masks = [torch.tensor(m, dtype=torch.float32) for m in ([1, 0, 1, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 0, 1])]
     compare(x, weight, bias, [replace(t, rows=m, bias=leaf(OUT)) for t, m in zip(terms, masks, strict=True)], "fused")

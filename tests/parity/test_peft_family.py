@@ -326,7 +326,6 @@ def test_bases_have_the_bits_of_pefts(kind, sizes, bases, seed, rank):
     (settled,) = {adapter.method for _, adapter in adapters.values()}
     assert settled.bases == bases
     shared = adapters["l0"][1].shared_state()
-    assert {shared.A.dtype, shared.B.dtype} == {torch.bfloat16 if kind == "randlora" else torch.float32}
     assert_same_bits(shared.A, getattr(theirs.base_model, f"{prefix}_A")["default"])
     assert_same_bits(shared.B, getattr(theirs.base_model, f"{prefix}_B")["default"])
 

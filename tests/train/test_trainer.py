@@ -73,9 +73,12 @@ def test_a_schedule_gets_the_steps_of_the_run_and_is_resumed(project: Path) -> N
     shutil.copytree("out/checkpoint-5", "second/checkpoint-5")
     shutil.copy("out/metrics.jsonl", "second/metrics.jsonl")
     train(*options, "output.directory=second", resume="last")
-    for folder in ("adapter", "checkpoint-10", "checkpoint-12"):
-        assert all(equal(safetensors.torch.load_file(file), safetensors.torch.load_file(Path("second") / folder / file.name))
-                   for file in (Path("out") / folder).glob("*.safetensors")), folder
+    for folder, count in (("adapter", 1), ("checkpoint-10", 2)):
+        files = sorted((Path("out") / folder).glob("*.safetensors"))
+        assert len(files) == count
+        for file in files:
+            again = safetensors.torch.load_file(Path("second") / folder / file.name)
+            assert equal(safetensors.torch.load_file(file), again), file
     fresh = load_model(load_settings("config.yaml").model).model
     veneer.load(fresh, "out/adapter")
     adapters = veneer.adapters(fresh)["default"].weights.values()

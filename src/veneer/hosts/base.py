@@ -193,7 +193,9 @@ class Host(nn.Module):
     def adapted_bias(self, names: Sequence[str | None] | None = None) -> Tensor | None:
         """The layer's bias with the adapters of that parameter applied, or the bias itself."""
         adapters = self.live("bias", names) if "bias" in self.veneer.layouts else []
-        return self.adapted_weight("bias", adapters, dropping=self.training) if adapters else self._parameters.get("bias")
+        if not adapters:
+            return self._parameters.get("bias")
+        return self.adapted_weight("bias", adapters, dropping=self.training)
 
     def explain(self, param: str) -> tuple[str, str]:
         """The path that parameter `param` takes under the route in force, and why."""

@@ -34,7 +34,8 @@ class AdaLoRA(Method):
     averages by which triplets are judged. orth_reg_weight: of the term that keeps A's rows and B's columns
     orthogonal; it is added to gradients as the optimizer steps. dropout, dtype: as for LoRA.
 
-    Optimizers of torch need nothing more. Each of their steps counts, from 1; one that a GradScaler skips does not.
+    Optimizers of torch need nothing more. Each of their steps counts, from 1; one that a GradScaler skips does not. For
+    others there is `veneer.update_and_allocate`. An adapter loaded with its final ranks keeps them when trained on.
     """
 
     init_r: int = 12

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from veneer.forms import Factors
 from veneer.inits.random import check_choice
-from veneer.method import Adapter, Method, Shape, Shared, check_positive_int, check_probability, register
+from veneer.method import Adapter, Method, Shape, Shared, VeneerError, check_positive_int, check_probability, register
 from veneer.methods.options import as_dtype, check_bases, check_bool, check_number, check_seed, largest
 
 
@@ -74,7 +74,7 @@ class RandLoRA(Method):
 
 
 class RandLoRABases(Shared):
-    """A (r, 1, min) and B (max, n, r): bfloat16 numbers, in the base's dtype where that holds them; sparse ones fp32."""
+    """A (r, 1, min) and B (max, n, r): bfloat16 numbers, in bfloat16 over a base of it, else in fp32; sparse ones fp32."""
 
     A: Tensor
     B: Tensor
@@ -97,8 +97,11 @@ class RandLoRABases(Shared):
             B = torch.cat([self._draw((*self.B[:, :1].shape,), generator) for _ in range(self.B.shape[1])], dim=1)
         else:
             B = self._draw(self.B.shape, generator)
-        self.A.copy_(A / A.std())
-        self.B.copy_(B / B.std())
+        for base, drawn in ((self.A, A), (self.B, B)):
+            if drawn.min() == drawn.max():
+                raise VeneerError(f"RandLoRA: the {drawn.numel()} numbers of its random bases are all equal with "
+                                  f"seed={self.seed}, so they cannot be divided by their deviation; use a larger rank")
+            base.copy_(drawn / drawn.std())
 
     def _draw(self, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if self.sparsity is None:

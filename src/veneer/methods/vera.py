@@ -26,6 +26,7 @@ from veneer.method import (
     check_probability,
     register,
 )
+from veneer.methods.lengths import Stamp
 from veneer.methods.options import as_dtype, check_bases, check_bool, check_number, check_seed, largest
 
 
@@ -95,13 +96,14 @@ class VeRABases(Shared):
         """A and B; in a dtype of 16 bit as copies, kept for all weights together."""
         if dtype is None or dtype.itemsize >= 4 or torch.compiler.is_compiling():
             return self.A, self.B
-        key = (dtype, self.A.device, self.A.data_ptr(), self.A._version)
+        key = (dtype, Stamp(self.A), Stamp(self.B))
         if self._copies is None or self._copies[0] != key:
-            self._copies = (key, (self.A.to(dtype), self.B.to(dtype)))
+            with torch.inference_mode(False):  # else a later backward could not keep them
+                self._copies = (key, (self.A.to(dtype), self.B.to(dtype)))
         return self._copies[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_copies": None}
+        return {**self.__dict__, "_copies": None}
 
     def reset(self) -> None:
         generator = torch.Generator("cpu").manual_seed(self.seed)
