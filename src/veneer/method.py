@@ -223,12 +223,22 @@ class Adapter(nn.Module):
         return self.__dict__.get("_shared")
 
     def packed(self) -> dict[str, Tensor]:
-        """The tensors that are saved, by name."""
-        return self.state_dict()
+        """The tensors that are saved, by name, without those of the shared state."""
+        return {key: tensor for key, tensor in self.state_dict().items() if not key.startswith("shared.")}
+
+    def packed_shared(self) -> dict[str, Tensor]:
+        """What is saved of the shared state, by name; it goes with the first weight of each method."""
+        state = self.shared_state()
+        return {} if state is None else {f"shared.{key}": tensor for key, tensor in state.state_dict().items()}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the values that `packed` gave. Parameters stay the objects they are."""
-        self.load_state_dict(tensors)
+        """Take the values that `packed` and perhaps `packed_shared` gave. Parameters stay the objects they are."""
+        own = {key: tensor for key, tensor in tensors.items() if not key.startswith("shared.")}
+        state = self.shared_state()
+        if state is not None and len(own) < len(tensors):
+            state.load_state_dict({k.removeprefix("shared."): t for k, t in tensors.items() if k not in own})
+        theirs = {key: tensor for key, tensor in self.state_dict().items() if key.startswith("shared.")}
+        self.load_state_dict({**own, **theirs})
 
     # -- shared machinery -----------------------------------------------------------------------------
     def generator(self) -> torch.Generator:

@@ -229,7 +229,7 @@ def test_another_rank_than_the_config_says(saved):
     ("use_rsloar", True, "unknown key 'use_rsloar' (= True); did you mean 'use_rslora'?"),
     ("init_lora_weights", "pissa", "init_lora_weights='pissa' changed the base weights"),
     ("init_lora_weights", "lora_ga", "path_initial_model_for_weight_conversion"),
-    ("peft_type", "LOHA", "peft_type is 'LOHA'; Veneer reads 'LORA' files"),
+    ("peft_type", "BOFT", "peft_type is 'BOFT'. Veneer reads LORA, LOHA, LOKR"),
     ("bias", "some", "bias='some'; possible: none, all, lora_only"),
 ])
 def test_config_keys_that_would_change_the_result(saved, key, value, says):

@@ -350,21 +350,38 @@ def test_what_peft_cannot_say_is_native_and_says_why(case, tmp_path):
         assert torch.equal(got, want), name
 
 
-@pytest.mark.parametrize("method", [LoHa(rank=2), LoKr(rank=2, decompose_factor=1), ADALORA], ids=str)
-@pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect"}], ids=str)
+#: method → what its PEFT takes over from a convolution
+CARRIED = {LoHa(rank=2): {"groups", "dilation"}, LoKr(rank=2, decompose_factor=1): {"groups", "dilation"},
+           ADALORA: {"dilation"}}
+
+
+@pytest.mark.parametrize("method", CARRIED, ids=str)
+@pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect"},
+                                     {"groups": 2, "dilation": 2, "padding_mode": "circular"}], ids=str)
 def test_convolutions_other_than_plain_ones(method, options, tmp_path):
     model = adapted(convs(**options), {"conv": method})
     report = veneer.save(model, tmp_path)
-    assert report.format == "native"
-    assert f"'conv' is a convolution with {next(iter(options))}" in report.reason
-    made = {"LoHa": "LoHaConfig", "LoKr": "LoKrConfig"}.get(type(method).__name__)
-    if made is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    ids = torch.arange(48).reshape(2, 24)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        if set(options) <= CARRIED[method]:
+            assert report.format == "peft", report.reason
+            theirs = peft.PeftModel.from_pretrained(convs(**options), str(tmp_path)).eval()
+            assert relative(theirs(ids), model(ids)) < BAR
+            theirs.save_pretrained(str(tmp_path / "peft"))
+            again = convs(**options)
+            assert veneer.load(again, tmp_path / "peft").problems == ()
+            assert relative(again(ids), model(ids)) < BAR
+            return
+        assert report.format == "native"
+        odd = [name for name in options if name not in CARRIED[method]]
+        assert f"'conv' is a convolution with {odd[0]}=" in report.reason
+        if not isinstance(method, AdaLoRA):
+            made = {"LoHa": "LoHaConfig", "LoKr": "LoKrConfig"}[type(method).__name__]
             theirs = peft.get_peft_model(convs(**options), getattr(peft, made)(r=2, target_modules=["conv"]))
             theirs.save_pretrained(str(tmp_path / "peft"))
-        with pytest.raises(VeneerError, match=r"'conv' is a convolution with .* on it cannot be loaded"):
-            veneer.load(convs(**options), tmp_path / "peft")
+            with pytest.raises(VeneerError, match=r"'conv' is a convolution with .* on it cannot be loaded"):
+                veneer.load(convs(**options), tmp_path / "peft")
 
 
 def test_an_option_counts_only_where_it_says_something(tmp_path):
@@ -612,3 +629,54 @@ def test_a_note_of_bases_that_peft_may_have_drawn_otherwise(tmp_path):
     assert veneer.load(fresh("llama"), tmp_path / "saved").notes == ()
     veneer.save(trained("randlora")[1], tmp_path / "own")
     assert veneer.load(fresh("llama"), tmp_path / "own").notes == ()
+
+
+# -- what all weights share, when not all of them are as they should be ---------------------------------------
+@pytest.mark.parametrize("case", ["vblora", "vera_saved", "randlora_saved"])
+def test_what_all_share_is_loaded_though_the_weight_that_holds_it_is_not(case, tmp_path):
+    _, model = trained(case)
+    veneer.save(model, tmp_path / "own")
+    first = next(iter(veneer.adapters(model)["default"].weights))
+
+    def misshapen(tensors):
+        key = next(key for key in tensors if f".{first}." in key)
+        tensors[key] = torch.cat([tensors[key], tensors[key]])
+
+    def shared(loaded):
+        return {n: t for n, t in loaded.state_dict().items() if ".shared." in n}
+
+    path = without_manifest(tmp_path / "own", tmp_path / "bare", misshapen)
+    other = fresh("llama")
+    report = veneer.load(other, path, strict=False)
+    assert len(report.problems) == 1
+    assert report.weights == len(veneer.adapters(model)["default"].weights) - 1
+    for want, got in zip(shared(model).values(), shared(other).values(), strict=True):
+        assert torch.equal(got, want)
+
+    def no_state(tensors):
+        del tensors[next(key for key in tensors if "bank" in key or key.endswith(("vera_A", "randlora_A")))]
+
+    lone = fresh("llama")
+    path = without_manifest(tmp_path / "own", tmp_path / "none", no_state)
+    if case == "vera_saved":  # a trained head is there too
+        assert veneer.load(lone, path, strict=False).weights == 1
+    else:
+        with pytest.raises(VeneerError, match=r"nothing in .* fits this model"):
+            veneer.load(lone, path, strict=False)
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["peft", "native"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", [VeRA(rank=6, save_bases=True), RandLoRA(**RANDOM, save_bases=True), VBLoRA(**VB)],
+                         ids=["vera", "randlora", "vblora"])
+def test_dtypes_of_what_all_share(method, base, dtype, native, tmp_path):
+    method = dataclasses.replace(method, dtype=dtype)
+    rules = {"*.q_proj": method, "*.k_proj": method} | ({"lm_head": LoRA(rank=2)} if native else {})
+    model = adapted(fresh("llama").to(base), rules)
+    assert veneer.save(model, tmp_path).format == ("native" if native else "peft")
+    other = fresh("llama").to(base)
+    assert veneer.load(other, tmp_path).problems == ()
+    assert torch.equal(outputs(other, "llama"), outputs(model, "llama"))
+    for (name, want), got in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert got.dtype == want.dtype, name

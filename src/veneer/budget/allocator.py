@@ -45,7 +45,6 @@ class Allocator(Follower, Guardian):
 
     def __init__(self, method: AdaLoRA) -> None:
         super().__init__()
-        self.method = method
         self.budget = Budget(method)
         self.calls = Calls()
 
@@ -75,7 +74,7 @@ class Allocator(Follower, Guardian):
                 "one budget: give it all of veneer.trainable(model), and freeze E of what is not to be trained")
         if not missing and self.token() is not None:
             self.budget.schedule()
-        self.calls.added = add_orthogonality(self.budget.adapters(), held, self.method.orth_reg_weight, scale,
+        self.calls.added = add_orthogonality(self.budget.adapters(), held, self.budget.method.orth_reg_weight, scale,
                                              self.calls.added)
 
     @torch.no_grad()
@@ -129,7 +128,7 @@ class Allocator(Follower, Guardian):
 
     def _count_silent(self) -> None:
         self.calls.silent += 1
-        if self.calls.silent > max(_SILENT, self.method.deltaT) and self.budget.step < self.budget.schedule().end:
+        if self.calls.silent > max(_SILENT, self.budget.method.deltaT) and self.budget.step < self.budget.schedule().end:
             raise VeneerError(
                 f"AdaLoRA: its budget has not moved: the last call by hand was for step {self.budget.step}, and "
                 f"{self.calls.silent} steps have followed: call {_BY_HAND}, or never, to have it done unasked")

@@ -57,7 +57,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     if not found:
         raise VeneerError("trainable: this model has no adapter, so that its whole base would be trained; call "
                           "veneer.attach(model, …) first, or use model.parameters()")
-    return [param for param in model.parameters() if param.requires_grad]
+    states = (state for summary in found.values() for a in summary.weights.values() if (state := a.shared_state()))
+    every = {id(p): p for p in model.parameters()} | {id(p): p for state in states for p in state.parameters()}
+    return [param for param in every.values() if param.requires_grad]
 
 
 @torch.no_grad()

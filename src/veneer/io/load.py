@@ -119,6 +119,7 @@ def _check(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str
     good: list[Record] = []
     problems: list[str] = []
     owners = _owners(records, base)
+    order = {name: i for i, name in enumerate(base.sites)}
     for record in records:
         site = base.sites.get(record.name)
         if site is None:
@@ -132,8 +133,11 @@ def _check(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str
         wrong = _wrong_tensors(record, expected_tensors(record.method, site.layout, record.name in owners))
         problems += wrong
         if not wrong:
-            good.append(dataclasses.replace(record, method=_with_dtype(record, site.dtype)))
-    return good, problems
+            good.append(record)
+    groups: dict[Method, list[Record]] = {}
+    for record in sorted(good, key=lambda record: order[record.name]):
+        groups.setdefault(record.method, []).append(record)
+    return [record for group in groups.values() for record in _together(group, records, base)], problems
 
 
 def _owners(records: list[Record], base: BaseMap) -> set[str]:
@@ -144,6 +148,28 @@ def _owners(records: list[Record], base: BaseMap) -> set[str]:
         if name in methods:
             first.setdefault(methods[name], name)
     return set(first.values())
+
+
+def _together(group: list[Record], records: list[Record], base: BaseMap) -> list[Record]:
+    """Whole weights with one method, in the model's order; none of them where a state they share is nowhere whole.
+
+    The first gets that state, whichever weight of the file had it, and all get one dtype: two would be two methods.
+    """
+    method, sites = group[0].method, [base.sites[record.name] for record in group]
+    with torch.device("meta"):
+        shares = method.shared(torch.float32) is not None
+    if not shares:
+        return [_retyped(r, _dtype(r.tensors), site.dtype) for r, site in zip(group, sites, strict=True)]
+    own, wanted = (expected_tensors(method, sites[0].layout, owner) for owner in (False, True))
+    dtypes = [_dtype({part: tensor for part, tensor in record.tensors.items() if part in own}) for record in group]
+    for part in wanted.keys() - own.keys():
+        held = (r.tensors[part] for r in records if r.method == method and part in r.tensors)
+        found = next((tensor for tensor in held if tensor.shape == wanted[part].shape), None)
+        if found is None:
+            return []
+        group[0].tensors[part] = found
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return [_retyped(r, widest, functools.reduce(torch.promote_types, [s.dtype for s in sites])) for r in group]
 
 
 def _wrong_tensors(record: Record, expected: Mapping[str, Tensor]) -> list[str]:
@@ -163,11 +189,14 @@ def _unexpected(key: str, known: Any) -> str:
     return f"unexpected: {key!r}{nearest(key, known)}"
 
 
-def _with_dtype(record: Record, base: torch.dtype) -> Method:
-    """The method with the dtype its tensors have in the file, so that loading rounds nothing."""
-    dtypes = [tensor.dtype for part, tensor in record.tensors.items() if part != "magnitude"]
-    dtype = functools.reduce(torch.promote_types, dtypes)
-    return _replace_dtype(record.method, dtype, torch.promote_types(base, torch.float32))
+def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [t.dtype for part, t in tensors.items() if part != "magnitude"])
+
+
+def _retyped(record: Record, dtype: torch.dtype, base: torch.dtype) -> Record:
+    """The record with the dtype its tensors have in the file, so that loading rounds nothing."""
+    return dataclasses.replace(record, method=_replace_dtype(record.method, dtype,
+                                                             torch.promote_types(base, torch.float32)))
 
 
 def _replace_dtype(method: Method, dtype: torch.dtype, default: torch.dtype) -> Method:
@@ -196,7 +225,7 @@ def _against_existing(model: nn.Module, name: str, records: list[Record]) -> lis
             problems.append(f"{record.name!r} is {record.method} in the file and {adapter.method} on this model")
             records.remove(record)
         else:
-            problems += _narrowed(record, adapter.packed())
+            problems += _narrowed(record, {**adapter.packed(), **adapter.packed_shared()})
     return problems + [f"missing: {rest!r}, which adapter {name!r} on this model is on, is not in the file"
                        for rest in there]
 

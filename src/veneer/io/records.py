@@ -20,7 +20,7 @@ from veneer.hosts.conv import ConvHost
 from veneer.hosts.embedding import EmbeddingHost
 from veneer.hosts.linear import Conv1DHost, LinearHost
 from veneer.io.wrapped import whole
-from veneer.method import Method, VeneerError, nearest
+from veneer.method import Method, Shared, VeneerError, nearest
 from veneer.plan import Place, Weight, base_modules, scan
 
 #: how a weight is applied, from the most to the least special host
@@ -52,8 +52,9 @@ class Site:
     dtype: torch.dtype
     is_linear: bool
     is_head: bool
-    #: of a convolution: what PEFT does not carry over to its own A (groups, dilation, padding mode), if unusual
-    unusual: str = ""
+    #: of a convolution: those of groups, dilation and padding mode that are unusual, of which PEFT may not take over
+    #: all
+    unusual: tuple[str, ...] = ()
 
 
 @dataclass
@@ -125,13 +126,21 @@ def _tied_embedding(model: nn.Module) -> str | None:
 
 def records_of(model: nn.Module, name: str) -> list[Record]:
     """The adapter's records in the model's order, tensors as trained (same dtype, same device, not copied)."""
-    found = []
+    found: list[Record] = []
+    states: dict[Method, Shared] = {}
     for weight, adapter in attached(model, name):
         if adapter.on_meta():
             raise VeneerError(f"save: the adapter of {weight.name!r} is on the meta device and has no values yet; "
                               "call model.to_empty(device=...) and load the base weights first")
         assert adapter.method is not None
-        tensors = {key: whole(value.detach()) for key, value in adapter.packed().items()}
+        packed, state = adapter.packed(), adapter.shared_state()
+        if state is not None and states.setdefault(adapter.method, state) is not state:
+            raise VeneerError(f"save: adapter {name!r} was attached in parts, and {weight.name!r} does not share its "
+                              "state with the weights before it; one file holds one state for each method. Give each "
+                              "part an adapter name of its own, or attach to the whole model at once")
+        if state is not None and all(record.method != adapter.method for record in found):
+            packed |= adapter.packed_shared()
+        tensors = {key: whole(value.detach()) for key, value in packed.items()}
         found.append(Record(weight.name, adapter.method, tensors))
     return found
 
@@ -153,9 +162,7 @@ def expected_tensors(method: Method, layout: Layout, owner: bool) -> dict[str, T
     with torch.device("meta"):
         shared = method.shared(torch.float32)
         adapter = method.build(layout.shape, torch.float32, shared)
-        if owner and shared is not None:
-            adapter.own_shared()
-        return dict(adapter.packed())
+        return {**adapter.packed(), **(adapter.packed_shared() if owner else {})}
 
 
 def _site(weight: Weight) -> Site:
@@ -170,12 +177,11 @@ def _kind(place: Place) -> str:
     return next((kind for host, kind in _KINDS if issubclass(place.host, host)), "parameter")
 
 
-def _unusual(place: Place) -> str:
+def _unusual(place: Place) -> tuple[str, ...]:
     conv: Any = place.module
     if not issubclass(place.host, ConvHost):
-        return "a forward of its own" if place.layout.shape.kernel else ""
-    if conv.groups != 1:
-        return f"groups={conv.groups}"
-    if any(step != 1 for step in conv.dilation):
-        return f"dilation={tuple(conv.dilation)}"
-    return "" if conv.padding_mode == "zeros" else f"padding_mode={conv.padding_mode!r}"
+        return ("a forward of its own",) if place.layout.shape.kernel else ()
+    found = {f"groups={conv.groups}": conv.groups != 1,
+             f"dilation={tuple(conv.dilation)}": any(step != 1 for step in conv.dilation),
+             f"padding_mode={conv.padding_mode!r}": conv.padding_mode != "zeros"}
+    return tuple(text for text, unusual in found.items() if unusual)

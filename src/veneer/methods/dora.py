@@ -128,6 +128,9 @@ class DoRAAdapter(Adapter):
         inner = {f"inner.{key}": tensor for key, tensor in self.inner.packed().items()}
         return {"magnitude": self.magnitude.detach(), **inner}
 
+    def packed_shared(self) -> dict[str, Tensor]:
+        return {f"inner.{key}": tensor for key, tensor in self.inner.packed_shared().items()}
+
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             self.magnitude.copy_(tensors["magnitude"])

@@ -74,7 +74,7 @@ class RandLoRA(Method):
 
 
 class RandLoRABases(Shared):
-    """A (r, 1, min) and B (max, n, r): bfloat16 numbers, in bfloat16 over a base of it, else in fp32; sparse ones fp32."""
+    """A (r, 1, min) and B (max, n, r): bfloat16 numbers, held so over a bfloat16 base, else in fp32; sparse: fp32."""
 
     A: Tensor
     B: Tensor

@@ -128,7 +128,7 @@ class VBLoRAAdapter(Adapter):
         return (top.softmax(-1).unsqueeze(-1) * vectors).sum(-2)
 
     def packed(self) -> dict[str, Tensor]:
-        state = self.state_dict()
+        state = super().packed()
         for name in _LOGITS if self.compact else ():
             top, index = state.pop(name).topk(self.topk, dim=-1)
             narrow = next(d for d in _NARROW if self.logits_A.shape[-1] <= torch.iinfo(d).max)
@@ -143,7 +143,7 @@ class VBLoRAAdapter(Adapter):
                 weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1).clamp_min(0)
                 logits = torch.full(self.get_parameter(name).shape, -torch.inf, dtype=weights.dtype)
                 state[name] = logits.scatter(-1, tensors[f"{name}_indices"].long(), weights.log())
-        self.load_state_dict(state)
+        super().unpack(state)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -136,4 +136,4 @@ ADALORA = AdaLoraFiles(
     passed_over=PASSED_OVER | {"r", "use_rslora", "lora_bias", "alpha_pattern", "init_lora_weights"},
     refused={**REFUSED, "use_dora": "PEFT's AdaLoRA has no DoRA",
              "target_parameters": "PEFT's AdaLoRA adapts modules, not single parameters"},
-    bias_only="lora_only", refusal=_refusal)
+    bias_only="lora_only", carried=("dilation",), refusal=_refusal)

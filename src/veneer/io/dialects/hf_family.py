@@ -60,7 +60,8 @@ def _same(parts: Parts, layout: Layout) -> Parts:
 class Family(FileType):
     """One method in PEFT's files.
 
-    layers: the kinds of layers PEFT has it for. options: by config key. parts: part of the adapter → last piece of
+    layers: the kinds of layers PEFT has it for. carried: what PEFT's own convolution takes over from an unusual one.
+    options: by config key. parts: part of the adapter → last piece of
     its key. copies: last pieces of keys under which PEFT repeats for every layer what all share → its part.
     to_file, from_file: between the adapter's shapes and the file's; what does not fit is left as it is. derived: the
     option that PEFT works out from the targets. refusal: why PEFT computes something else with these parts, or None.
@@ -80,6 +81,7 @@ class Family(FileType):
     copies: Mapping[str, str] = field(default_factory=dict)
     to_file: Callable[[Parts, Layout], Parts] = _same
     from_file: Callable[[Parts, Layout], Parts] = _same
+    carried: tuple[str, ...] = ()
     derived: str = ""
     refusal: Callable[[Method, Site, Collection[str]], str | None] = lambda method, site, parts: None
     on_save: Remarks = lambda method, dtypes: ()
@@ -120,9 +122,9 @@ class Family(FileType):
         layer = layer_of(site, spot)
         if spot.param != "weight" or layer not in self.layers:
             raise Inexpressible(f"PEFT has {self._title} on {self._layers}, and {site.name!r} is {layer}")
-        if site.unusual:
-            raise Inexpressible(f"{site.name!r} is a convolution with {site.unusual}, on which PEFT's {self._title} is "
-                                "another function or none")
+        if self._odd(site):
+            raise Inexpressible(f"{site.name!r} is a convolution with {self._odd(site)}, on which PEFT's {self._title} "
+                                "is another function or none")
         return spot
 
     def _check_shared(self, draft: Draft, records: Sequence[Record]) -> None:
@@ -200,9 +202,13 @@ class Family(FileType):
         if len(site.spots) > 1:
             raise VeneerError(f"{module!r} shares a tied weight here, and PEFT's {self._title} adapted it alone. Untie "
                               "them first: give one a clone of the weight")
-        if site.unusual:
-            raise VeneerError(f"{site.name!r} is a convolution with {site.unusual}; PEFT's {self._title} on it cannot "
-                              "be loaded")
+        if self._odd(site):
+            raise VeneerError(f"{site.name!r} is a convolution with {self._odd(site)}; PEFT's {self._title} on it "
+                              "cannot be loaded")
+
+    def _odd(self, site: Site) -> str:
+        """What PEFT does not carry over from the layer."""
+        return ", ".join(text for text in site.unusual if text.partition("=")[0] not in self.carried)
 
     def finish(self, reading: Reading) -> None:
         mine = {name: record for name, record in reading.records.items() if isinstance(record.method, self.method)}

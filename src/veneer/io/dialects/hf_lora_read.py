@@ -131,8 +131,8 @@ def _without_dropout(method: Method) -> Method:
 
 def _refuse(reading: Reading, site: Site, method: Method) -> None:
     if site.unusual:
-        raise VeneerError(f"{site.name!r} is a convolution with {site.unusual}; PEFT's LoRA on it has no form as a "
-                          "change of its weight and cannot be loaded")
+        raise VeneerError(f"{site.name!r} is a convolution with {', '.join(site.unusual)}; PEFT's LoRA on it has no "
+                          "form as a change of its weight and cannot be loaded")
     if len(site.spots) > 1 and isinstance(method, DoRA):
         raise VeneerError(f"{site.name!r} is tied, and PEFT's DoRA gives each of its places lengths of their own: it "
                           "cannot be loaded. Untie them first: give one a clone of the weight")

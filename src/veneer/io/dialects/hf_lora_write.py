@@ -57,8 +57,8 @@ def _spots(draft: Draft, site: Site, record: Record) -> tuple[Spot, ...]:
     if len(site.spots) > 1:
         draft.tie(site)
     if site.unusual:
-        raise Inexpressible(f"{site.name!r} is a convolution with {site.unusual}, on which PEFT's LoRA is another "
-                            "function")
+        raise Inexpressible(f"{site.name!r} is a convolution with {', '.join(site.unusual)}, on which PEFT's LoRA "
+                            "is another function")
     if dora and len(kinds) > 1:
         raise Inexpressible(f"{site.name!r} is tied, and PEFT's DoRA gives each of its places lengths of their own")
     if dora and kinds[0] not in ("linear", "conv1d", "conv", "embedding"):

@@ -58,7 +58,7 @@ LOHA = Family(
     "LOHA", LoHa, ("Linear", "Conv1d", "Conv2d"), _LYCORIS,
     {"w1_a": "hada_w1_a", "w1_b": "hada_w1_b", "w2_a": "hada_w2_a", "w2_b": "hada_w2_b",
      "t1": "hada_t1", "t2": "hada_t2"},
-    to_file=_cores_to_file, from_file=_cores_from_file, on_save=_loha_remarks)
+    to_file=_cores_to_file, from_file=_cores_from_file, carried=("groups", "dilation"), on_save=_loha_remarks)
 
 
 def _lokr_to_file(parts: Parts, layout: Layout) -> Parts:
@@ -99,7 +99,7 @@ LOKR = Family(
                             read=lambda value: "lycoris" if value == "lycoris" else "kaiming")},
     {"w1": "lokr_w1", "w1_a": "lokr_w1_a", "w1_b": "lokr_w1_b", "w2": "lokr_w2", "w2_a": "lokr_w2_a",
      "w2_b": "lokr_w2_b", "t2": "lokr_t2"},
-    to_file=_lokr_to_file, from_file=_lokr_from_file, refusal=_lokr_refusal)
+    to_file=_lokr_to_file, from_file=_lokr_from_file, carried=("groups", "dilation"), refusal=_lokr_refusal)
 
 
 # -- VeRA and RandLoRA --------------------------------------------------------------------------------------
