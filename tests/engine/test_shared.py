@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from veneer import DoRA, LoRA, RandLoRA, VBLoRA, VeRA
+import veneer.inspect
+from veneer import DoRA, LoKr, LoRA, RandLoRA, VBLoRA, VeRA
 from veneer.attach import attached, shared_states
 from veneer.method import Method, Shared, VeneerError
 
@@ -395,3 +396,31 @@ def test_a_tied_weight_reads_the_state_like_any_other(case):
     twin = copy.deepcopy(model)
     assert torch.equal(twin(ids), model(ids))
     assert state(twin) is not shared
+
+
+def test_a_part_is_saved_with_what_it_shares(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)))
+    fresh = copy.deepcopy(model)
+    veneer.attach(model, VBLoRA(rank=2, num_vectors=5, vector_length=4))
+    veneer.save(model[1], tmp_path / "part")
+    veneer.load(fresh[1], tmp_path / "part")
+    x = torch.randn(3, 8)
+    assert torch.equal(fresh[1](x), model[1](x))
+    assert [id(p) for p in veneer.trainable(model[1])].count(id(model[0][0].adapters["default"]["weight"].shared.bank)) == 1
+
+
+def test_parts_with_states_of_their_own_are_not_saved_as_one(tmp_path):
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)))
+    for part in model:
+        veneer.attach(part, VBLoRA(rank=2, num_vectors=5, vector_length=4))
+    with pytest.raises(VeneerError, match="attached in parts, and '1.0' does not share its state"):
+        veneer.save(model, tmp_path / "adapter")
+
+
+def test_explain_draws_nothing():
+    model = nn.Sequential(nn.Linear(8, 8))
+    veneer.attach(model, {"0": LoKr(rank=2, rank_dropout=0.5)})
+    before = torch.get_rng_state()
+    veneer.inspect.explain(model.train())
+    assert torch.equal(torch.get_rng_state(), before)
