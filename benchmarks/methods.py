@@ -50,12 +50,12 @@ TRIALS: dict[str, Trial] = {
     "lora": Trial("LoRA, r=16", {"method": "lora", "rank": 16}, 2e-3),
     "dropout": Trial("LoRA, r=16, dropout 0.05", {"method": "lora", "rank": 16, "dropout": 0.05}, 2e-3),
     "dora": Trial("DoRA, r=16", {"method": "dora", "rank": 16}, 2e-3),
-    "adalora": Trial("AdaLoRA, r=24 to 16", {"method": "adalora", "init_r": 24, "target_r": 16}, 6e-3),
-    "loha": Trial("LoHa, r=8", {"method": "loha", "rank": 8}, 6e-3),
-    "lokr": Trial("LoKr, r=8", {"method": "lokr", "rank": 8}, 6e-3),
+    "adalora": Trial("AdaLoRA, r=24 to 16", {"method": "adalora", "init_r": 24, "target_r": 16}, 1.5e-2),
+    "loha": Trial("LoHa, r=8", {"method": "loha", "rank": 8}, 1.5e-2),
+    "lokr": Trial("LoKr, r=8", {"method": "lokr", "rank": 8}, 1.5e-2),
     "vblora": Trial("VB-LoRA, r=4, 256 vectors of 64", {"method": "vblora", "rank": 4, "vector_length": 64}, 3e-2),
-    "vera": Trial("VeRA, r=256", {"method": "vera", "rank": 256}, 3e-2),
-    "randlora": Trial("RandLoRA, r=32", {"method": "randlora", "rank": 32}, 2e-3),
+    "vera": Trial("VeRA, r=256", {"method": "vera", "rank": 256}, 6e-2),
+    "randlora": Trial("RandLoRA, r=32", {"method": "randlora", "rank": 32}, 1e-3),
 }
 
 
