@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from veneer.attach import adapter_names, attach, attached, detach, hosts, routes
 from veneer.io.load import load
 from veneer.io.save import SaveReport, save
-from veneer.io.wrapped import is_sharded
 from veneer.low_rank import Change, moved, rank_for, spectrum_of, widened
 from veneer.method import Adapter, Method, VeneerError, nearest, without_autocast
 from veneer.methods import DoRA, LoRA
 from veneer.plan import Plan, PlanEntry, Weight, original, scan
+from veneer.sharding import is_sharded
 from veneer.wrappers import unwrap
 
 Rank = int | float | str | None

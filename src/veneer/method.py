@@ -290,6 +290,8 @@ class Method:
     key: ClassVar[str] = ""
     #: a bias of the same module is covered too when a rule names the module (a trained head, say)
     covers_bias: ClassVar[bool] = False
+    #: options that say how to train, not what the saved tensors mean
+    training_only: ClassVar[tuple[str, ...]] = ("dropout", "init", "dtype")
     #: the new weight is W + ΔW with a ΔW that does not depend on W, so that DoRA may wrap it
     additive: ClassVar[bool] = True
 

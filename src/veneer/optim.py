@@ -126,7 +126,7 @@ def _pair(item: Attached) -> Factors:
     weight, adapter = item
     with torch.no_grad():
         form = adapter.form()
-    if not isinstance(form, Factors) or form.mid is not None or not all(
+    if not isinstance(form, Factors) or form.mid is not None or form.out is not None or not all(
             isinstance(side, nn.Parameter) for side in (form.A, form.B)):
         raise VeneerError(f"lora_fa: {adapter.method} on {weight.name!r} is no pair ΔW = s·B·A of trained matrices, so "
                           "there is no A to freeze; it is for LoRA(…) and DoRA(LoRA(…)). To train only some of "

@@ -414,7 +414,7 @@ def test_parts_with_states_of_their_own_are_not_saved_as_one(tmp_path):
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)))
     for part in model:
         veneer.attach(part, VBLoRA(rank=2, num_vectors=5, vector_length=4))
-    with pytest.raises(VeneerError, match="attached in parts, and '1.0' does not share its state"):
+    with pytest.raises(VeneerError, match="attached in parts, and '1\\.0' does not share"):
         veneer.save(model, tmp_path / "adapter")
 
 

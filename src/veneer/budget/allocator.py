@@ -1,6 +1,4 @@
-"""Who drives AdaLoRA's budget: one allocator for all weights of one method, which sees the optimizer's steps itself or
-is told of them by hand.
-"""
+"""Who drives AdaLoRA's budget: an allocator that sees the optimizer's steps itself, or is told of them by hand."""
 
 from __future__ import annotations
 
@@ -128,7 +126,8 @@ class Allocator(Follower, Guardian):
 
     def _count_silent(self) -> None:
         self.calls.silent += 1
-        if self.calls.silent > max(_SILENT, self.budget.method.deltaT) and self.budget.step < self.budget.schedule().end:
+        plan = self.budget.schedule()
+        if self.calls.silent > max(_SILENT, plan.every) and self.budget.step < plan.end:
             raise VeneerError(
                 f"AdaLoRA: its budget has not moved: the last call by hand was for step {self.budget.step}, and "
                 f"{self.calls.silent} steps have followed: call {_BY_HAND}, or never, to have it done unasked")

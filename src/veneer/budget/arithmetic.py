@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.io.wrapped import whole
+from veneer.sharding import whole
 
 #: running averages of one parameter: of its sensitivity, and of how far that strays from its average
 Averages = tuple[Tensor, Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from veneer.budget.arithmetic import Averages
 from veneer.budget.changes import watch
-from veneer.io.wrapped import spread_like
 from veneer.method import Adapter, Shape, Shared
+from veneer.sharding import spread_like
 
 
 class Guardian(Shared):

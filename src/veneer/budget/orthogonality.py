@@ -15,7 +15,7 @@ from torch import Tensor
 from veneer.budget.arithmetic import wide
 from veneer.budget.member import Member
 from veneer.budget.steps import Token, same
-from veneer.io.wrapped import spread_like, whole
+from veneer.sharding import spread_like, whole
 
 
 def add_orthogonality(adapters: Sequence[Member], held: set[int], weight: float, scale: Tensor | None,

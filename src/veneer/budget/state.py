@@ -9,8 +9,8 @@ from torch import Tensor
 
 from veneer.budget.budget import PARTS, Budget
 from veneer.budget.member import Member
-from veneer.io.wrapped import spread_like, whole
 from veneer.method import VeneerError
+from veneer.sharding import spread_like, whole
 
 _KINDS = ("mean", "stray")
 

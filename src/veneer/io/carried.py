@@ -9,9 +9,9 @@ from torch import Tensor
 
 from veneer.io.fingerprint import same_values
 from veneer.io.records import Record
-from veneer.io.wrapped import whole
 from veneer.methods import Rows
 from veneer.plan import Weight, original
+from veneer.sharding import whole
 
 
 def reconcile(carried: Mapping[str, Tensor], weights: list[Weight],

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.io.wrapped import is_sharded
 from veneer.method import Method, parse_dtype
 from veneer.methods import Full, Rows
 from veneer.plan import Weight, original
+from veneer.sharding import is_sharded
 
 #: samples per model in all, and the least and most per weight
 _TOTAL, _LEAST, _MOST = 4096, 8, 256

@@ -18,13 +18,10 @@ from veneer.io.carried import reconcile
 from veneer.io.dialects import hf
 from veneer.io.fingerprint import compare
 from veneer.io.records import SHOWN, BaseMap, Record, base_map, base_weights, expected_tensors, near
-from veneer.io.wrapped import spread_like
-from veneer.method import Method, VeneerError, method_to_dict, nearest
+from veneer.method import Method, VeneerError, method_class, method_to_dict, nearest
 from veneer.plan import Weight, resolve
+from veneer.sharding import spread_like
 from veneer.wrappers import unwrap
-
-#: fields of a method that say how to train it, not what its tensors mean
-_TRAINING_ONLY = ("dropout", "init", "dtype")
 
 
 @dataclass(frozen=True)
@@ -240,9 +237,11 @@ def _meaning(method: Method) -> Any:
     def strip(config: Any) -> Any:
         if not isinstance(config, dict):
             return config
-        kept = {k: strip(v) for k, v in config.items() if k not in _TRAINING_ONLY}
-        if "rank" in kept and kept.get("alpha") is None:
-            kept["alpha"] = kept["rank"]
+        skipped = method_class(config["method"]).training_only if "method" in config else ()
+        kept = {k: strip(v) for k, v in config.items() if k not in skipped}
+        ranks = [kept[k] for k in ("rank", "init_r") if k in kept]
+        if ranks and kept.get("alpha") is None:
+            kept["alpha"] = ranks[0]  # an alpha of None is a scale of 1
         return kept
 
     return strip(method_to_dict(method))

@@ -35,6 +35,7 @@ class LoHa(Method):
     init: "kaiming" for all but B₂, which starts at zero. dtype: as for LoRA.
     """
 
+    training_only = (*Method.training_only, "rank_dropout", "rank_dropout_scale", "module_dropout")
     rank: int = 8
     alpha: float | None = None
     rank_dropout: float = 0.0

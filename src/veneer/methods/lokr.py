@@ -33,6 +33,7 @@ class LoKr(Method):
     init: what starts at zero: "kaiming" W₁ (as PEFT has it), "lycoris" W₂.
     """
 
+    training_only = (*Method.training_only, "rank_dropout", "rank_dropout_scale", "module_dropout")
     rank: int = 8
     alpha: float | None = None
     decompose_both: bool = False

@@ -46,6 +46,7 @@ class VBLoRA(Method):
     adapter can be used and merged but not trained on.
     """
 
+    training_only = (*Method.training_only, "init_vector_bank_bound", "init_logits_std")
     rank: int = 4
     num_vectors: int = 256
     vector_length: int = 256

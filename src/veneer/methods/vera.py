@@ -41,6 +41,7 @@ class VeRA(Method):
     save_bases: write A and B into the file too, for tools that cannot draw them.
     """
 
+    training_only = (*Method.training_only, "d_initial")
     rank: int = 256
     d_initial: float = 0.1
     dropout: float = 0.0
@@ -136,3 +137,6 @@ class VeRAAdapter(Adapter):
         batch = self.shape.batch
         # d and b stay apart: their gradients then need no product of A's or B's size.
         return Factors(A.expand(*batch, *A.shape), B.expand(*batch, *B.shape), mid=self.d, out=self.b)
+
+    def fast_parameters(self) -> list[str]:
+        return ["b"]

@@ -1,4 +1,4 @@
-"""Tensors spread over processes, as the files see them: whole."""
+"""Tensors spread over processes, whole and spread again: for files, and for what is added up over a whole."""
 
 from __future__ import annotations
 
