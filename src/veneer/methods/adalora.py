@@ -38,8 +38,8 @@ class AdaLoRA(Method):
     others there is `veneer.update_and_allocate`. An adapter loaded with its final ranks keeps them when trained on.
     """
 
-    training_only = (*Method.training_only, "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
-                     "total_step")
+    training_only = (*Method.training_only, "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2",
+                     "orth_reg_weight", "total_step")
     init_r: int = 12
     target_r: int = 8
     tinit: int | None = None
