@@ -184,7 +184,7 @@ def _build(made: Plan, seed: int) -> list[Adapter]:
         with torch.device(tensor.device):
             first = method not in states
             if first:
-                states[method] = _shared(method, tensor.dtype, f"{seed}/shared/{len(states)}")
+                states[method] = _shared(method, tensor.dtype, f"{seed}/shared/{method}")
             adapter = method.build(layout.shape, dtype, states[method])
         if first and states[method] is not None:
             adapter.own_shared()

@@ -229,14 +229,17 @@ class Adapter(nn.Module):
     def packed_shared(self) -> dict[str, Tensor]:
         """What is saved of the shared state, by name; it goes with the first weight of each method."""
         state = self.shared_state()
-        return {} if state is None else {f"shared.{key}": tensor for key, tensor in state.state_dict().items()}
+        if state is None:
+            return {}
+        return {f"shared.{key}": tensor for key, tensor in state.state_dict().items() if key != "_extra_state"}
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values that `packed` and perhaps `packed_shared` gave. Parameters stay the objects they are."""
         own = {key: tensor for key, tensor in tensors.items() if not key.startswith("shared.")}
         state = self.shared_state()
         if state is not None and len(own) < len(tensors):
-            state.load_state_dict({k.removeprefix("shared."): t for k, t in tensors.items() if k not in own})
+            ours = {k.removeprefix("shared."): t for k, t in tensors.items() if k not in own}
+            state.load_state_dict({**state.state_dict(), **ours})
         theirs = {key: tensor for key, tensor in self.state_dict().items() if key.startswith("shared.")}
         self.load_state_dict({**own, **theirs})
 

@@ -37,7 +37,8 @@ def lora_plus_groups(
     """Parameter groups of LoRA+ (Hayou et al. 2024, arXiv:2402.12354) for any optimizer: `AdamW(groups)`.
 
     lr is the rate of the A side, lr·ratio that of the B side, which is what the adapters name in `fast_parameters`.
-    All parameters of an embedding's adapter take embedding_lr instead (None: 1e-6, as in the authors' code).
+    All parameters of an embedding's adapter that has these two sides take embedding_lr instead (None: 1e-6, as in the
+    authors' code).
     weight_decay is for matrices; vectors (biases, magnitudes, scaling vectors) get none. name: of the adapter; None
     takes all, and at lr whatever else of the model requires a gradient.
 
@@ -66,7 +67,7 @@ def _kinds(model: nn.Module, found: list[Attached], name: str | None) -> dict[nn
         fast = set(adapter.fast_parameters())
         vector = 1 + len(adapter.shape.batch)
         for key, parameter in adapter.named_parameters():
-            side = "embedding" if adapter.shape.lookup else "B" if key in fast else "A"
+            side = "embedding" if adapter.shape.lookup and fast else "B" if key in fast else "A"
             kinds[parameter] = (side, parameter.dim() <= vector)
     # What many weights share is no part of one embedding, though that embedding's adapter may hold it.
     rest = [p for each in _names(model, name) for state in shared_states(model, each) for p in state.parameters()]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import veneer
 from veneer import AdaLoRA, DoRA, Full, LoRA
 from veneer.allocate import update_and_allocate
-from veneer.attach import shared_states
+from veneer.attach import attached, shared_states
 from veneer.budget import steps
 from veneer.budget.allocator import Allocator
 from veneer.budget.arithmetic import Schedule, keep_best
@@ -776,3 +776,28 @@ def _ddp(rank: int, port: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_keep_the_same_triplets(kind: str) -> None:
     mp.spawn(_ddp, args=(_free_port(), kind), nprocs=2)
+
+
+def test_a_state_dict_brings_the_step_along():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    veneer.attach(model, {"*": AdaLoRA(init_r=4, target_r=2, total_step=20)})
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(5, 12)
+
+    def train(steps):
+        optimizer = torch.optim.SGD(veneer.trainable(model), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        return sum(int(a.mask.sum()) for _, a in attached(model, "default"))
+
+    assert train(20) == 4
+    model.load_state_dict(start)  # from the beginning once more: the schedule too
+    assert train(8) < 8
+    halfway = {key: value.clone() for key, value in model.state_dict().items()}
+    left = train(2)
+    model.load_state_dict(halfway)
+    assert train(2) <= left + 1
+    assert train(10) == 4

@@ -92,7 +92,7 @@ def test_a_shared_bank_is_no_part_of_the_embedding_that_holds_it():
     model = veneer.attach(Net(blocks=1), {"embed": bank, "layers.0.up": bank, "layers.0.down": LoRA(rank=2)})
     found = rates(model, lora_plus_groups(model, 0.01, embedding_lr=0.003))
     assert found["embed.adapters.default.weight.shared.bank"][0] == 0.01
-    assert found["embed.adapters.default.weight.logits_A"][0] == 0.003
+    assert found["embed.adapters.default.weight.logits_A"][0] == 0.01  # no two sides, so no rate of an embedding
 
 
 def test_a_name_takes_that_adapter_alone_and_no_name_all_that_trains():

@@ -49,6 +49,14 @@ class Allocator(Follower, Guardian):
     def reset(self) -> None:
         self.budget.step = 0
 
+    def get_extra_state(self) -> Tensor:
+        """The step, for a model's state dict: one that is loaded brings its place in the schedule along."""
+        return torch.tensor(self.budget.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.budget.step = int(state)
+        self.calls = Calls()
+
     def add(self, member: Member, place: int | None = None) -> int:
         self.follow()
         return self.budget.add(member, place)
@@ -118,6 +126,8 @@ class Allocator(Follower, Guardian):
                 f"updated in another way, call {_BY_HAND}")
 
     def _count_without_E(self) -> None:
+        if self.calls.trusted:  # the optimizer of E has been seen, and may step less often
+            return
         self.calls.without_E += 1
         if self.calls.without_E >= UNSEEN and self.token() is not None:
             raise VeneerError(

@@ -83,6 +83,7 @@ class ConvHost(TensorHost):
         blocks = x.reshape(-1, x.shape[-weight.dim() + 1] // i1, *x.shape[-weight.dim() + 2:])
         right = form.right.to(x.dtype).reshape(form.right.shape[0], blocks.shape[1], *weight.shape[2:])
         half = conv._conv_forward(blocks, right, None)
-        whole = torch.matmul((form.scale * form.left).to(half.dtype), half.reshape(-1, i1, half[0].numel()))
+        half_rows = half.reshape(len(half) // i1, i1, half.shape[1:].numel())
+        whole = torch.matmul((form.scale * form.left).to(half.dtype), half_rows)
         lead = x.shape[:1] if x.dim() == weight.dim() else ()
         return whole.reshape(*lead, o1 * form.right.shape[0], *half.shape[2:])

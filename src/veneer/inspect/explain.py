@@ -11,7 +11,8 @@ from veneer.attach import hosts
 def explain(model: nn.Module) -> str:
     """A table: weight, path ("fused", "low rank", "weight space", …), reason, for the live adapters."""
     rows = [("weight", "path", "why")]
-    with torch.random.fork_rng():  # to see its path, what a training forward would drop is drawn
+    # To see its path, what a training forward would drop is drawn.
+    with torch.no_grad(), torch.random.fork_rng():
         for name, host in hosts(model):
             rows += [(f"{name}.{param}" if name else param, *host.explain(param)) for param in host.veneer.layouts]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]

@@ -152,27 +152,24 @@ class DoRAAdapter(Adapter):
     def row_norm(self, weight: Tensor, form: Form | None = None) -> Tensor:
         """‖W + ΔW‖ of every output, shaped as the magnitude, without gradient. form: ΔW's, if it is known already.
 
-        On a CPU it is kept between calls where gradients are off, with copies of the adapter's own numbers to
-        tell whether it still holds: what writes through `.data` or raw pointers leaves no other trace. Elsewhere
-        that comparison would make the device wait.
+        On a CPU it is kept between calls where gradients are off, with copies of the trained numbers to tell whether
+        it still holds: what writes through `.data` or raw pointers leaves no other trace. Elsewhere that comparison
+        would make the device wait.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.device.type != "cpu":
             self._cache.pop("norm", None)
             with torch.no_grad(), without_autocast(weight):
                 return self._row_norm(weight, form)
-        own = self._numbers()
+        state = self.shared_state()
+        parts = [self.inner] if state is None else [self.inner, state]
+        trained = [p for part in parts for p in part.parameters()]
+        frozen = [Stamp(weight), *(Stamp(b) for part in parts for b in part.buffers())]
         held = self._cache.get("norm")
-        if held is None or held[0] != Stamp(weight) or not all(map(torch.equal, held[1], own)):
+        if held is None or held[0] != frozen or not all(map(torch.equal, held[1], trained)):
             with without_autocast(weight):
-                held = (Stamp(weight), [p.clone() for p in own], self._row_norm(weight, form))
+                held = (frozen, [p.clone() for p in trained], self._row_norm(weight, form))
             self._cache["norm"] = held
         return held[2]
-
-    def _numbers(self) -> list[Tensor]:
-        """All numbers that ΔW depends on."""
-        shared = self.shared_state()
-        return list({id(t): t for m in (self.inner, shared) if m is not None
-                     for t in (*m.parameters(), *m.buffers())}.values())
 
     def _row_norm(self, weight: Tensor, form: Form | None = None) -> Tensor:
         form = form or self.inner.form()

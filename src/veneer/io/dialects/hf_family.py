@@ -219,7 +219,9 @@ class Family(FileType):
             record.method = record.method.settle(shapes)
             reason = self.refusal(record.method, sites[name], record.tensors)
             if reason is not None:
-                raise VeneerError(f"{name!r}: {reason}; it cannot be loaded")
+                reading.problems.append(f"{name!r}: {reason}; it cannot be loaded")
+                del reading.records[name]
+                continue
             reading.expect(record, f"{reading.prefix}{sites[name].spots[0].module}.", self.parts)
             record.tensors = self.adopt(reading, record, sites[name])
         self._give_shared(reading, mine)
