@@ -208,5 +208,5 @@ def _check_additive(found: Mapping[str, list[tuple[Weight, Adapter]]]) -> None:
             if method is not None and not method.additive:
                 raise VeneerError(f"combine: {name!r} has {method} on {weight.name!r}, whose change of W depends on W "
                                   "and cannot be added to others. Make it plain LoRA first: to_lora(model, rank, "
-                                  f"name={name!r}, to=..., extract=True); biases and norms trained whole have no low rank "
-                                  "and cannot be combined")
+                                  f"name={name!r}, to=..., extract=True); biases and norms trained whole have no low "
+                                  "rank and cannot be combined")
