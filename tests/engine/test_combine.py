@@ -325,8 +325,8 @@ def test_what_is_not_added_cannot_be_combined(method_, text):
     zoo({"up": LoRA(rank=2)}, name="a", model=model)
     want = outputs(veneer.activate(model, "d")) if weight == "embed" else None
     _refused(f"combine: 'd' has {text} on {weight!r}, whose change of W depends on W and cannot be added to others. "
-             "Make it plain LoRA first: to_lora(model, rank, name='d', to=..., extract=True), or leave such weights "
-             "out", {"a": 1, "d": 1}, "x", model=model)
+             "Make it plain LoRA first: to_lora(model, rank, name='d', to=..., extract=True); biases and norms "
+             "trained whole have no low rank and cannot be combined", {"a": 1, "d": 1}, "x", model=model)
     if want is not None:  # and that is a way
         from veneer.convert import to_lora
 
