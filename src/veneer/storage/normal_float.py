@@ -139,7 +139,8 @@ def encode(weight: Tensor, bits: int = 4, block: int = 64, double: bool = True) 
     whose largest magnitude is no normal fp32 number is encoded as zeros.
     Raises `VeneerError` for NaN or infinite values, for what is no floating matrix, and for settings not possible.
     """
-    _check(weight, bits, block)
+    check_settings("encode", bits, block)
+    _check_matrix(weight)
     flat = weight.detach().reshape(-1)
     absmax = torch.cat([each.abs().amax(1) for each in _pieces(flat, block)])
     _check_finite(weight, absmax, block)
@@ -189,13 +190,17 @@ def _doubly(scales: Tensor, outer: Tensor) -> Tensor:
     return cubes.mul_(outer.repeat_interleave(GROUP)[:len(scales)])
 
 
-def _check(weight: Tensor, bits: int, block: int) -> None:
-    if bits not in BITS or isinstance(bits, bool):
-        raise VeneerError(f"encode: bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
-    check_positive_int("encode", "block", block)
+def check_settings(owner: str, bits: int, block: int) -> None:
+    """Raise `VeneerError` unless a matrix can be encoded so."""
+    if isinstance(bits, bool) or bits not in BITS:
+        raise VeneerError(f"{owner}: bits must be one of {', '.join(map(str, BITS))}, got {bits!r}")
+    check_positive_int(owner, "block", block)
     if block * bits % 8:
-        raise VeneerError(f"encode: a block must fill whole bytes: block={block} at {bits} bits does not; "
+        raise VeneerError(f"{owner}: a block must fill whole bytes, and block={block} at {bits} bits does not; "
                           f"use a multiple of {8 // bits}, such as 64")
+
+
+def _check_matrix(weight: Tensor) -> None:
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise VeneerError(f"encode: a floating matrix (out, in) is needed, got {tuple(weight.shape)} {weight.dtype}")
     if weight.is_meta:
