@@ -10,11 +10,12 @@ from veneer.io.load import load
 from veneer.io.save import save
 from veneer.methods import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
 from veneer.plan import plan
+from veneer.quantize import quantize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoRA", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "RandLoRA", "Rows", "VBLoRA", "VeRA", "activate", "adapters",
-    "attach", "combine", "detach", "disabled", "info", "load", "merge", "plan", "route", "save", "to_lora", "trainable",
-    "unmerge", "update_and_allocate",
+    "attach", "combine", "detach", "disabled", "info", "load", "merge", "plan", "quantize", "route", "save", "to_lora",
+    "trainable", "unmerge", "update_and_allocate",
 ]

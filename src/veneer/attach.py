@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from veneer.hosts import AttentionHost, Host
+from veneer.hosts import AttentionHost, Host, host_of
 from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
-from veneer.method import Adapter, Method, Shared, VeneerError, nearest, without_autocast
-from veneer.plan import Plan, Rules, Weight, base_modules, plan_warning, scan
+from veneer.method import Adapter, Method, NewBase, Shared, VeneerError, nearest, without_autocast
+from veneer.plan import Evidence, Place, Plan, Rules, Weight, base_modules, plan_warning, portioned, scan
 from veneer.route import Route, RowNames
-from veneer.storage import storage_of
+from veneer.storage import dense, packed
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
@@ -120,7 +120,8 @@ def _whole_shares(model: nn.Module, names: Iterable[str]) -> None:
                                   "weights outside the part of the model given; call this on the whole model")
 
 
-def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: int = 0) -> nn.Module:
+def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: int = 0,
+           statistics: Evidence | None = None) -> nn.Module:
     """Lay adapters over the weights that `rules` name, in place, and make them the live ones.
 
     The base is frozen; other adapters keep their `requires_grad`, but only `name` is live afterwards (see
@@ -128,21 +129,31 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
     a 16-bit base and are seeded by (seed, weight name): equal
     on every device, rank and order. On the meta device nothing is computed; `to_empty` fills the adapters.
 
+    statistics: what `veneer.calibrate` found, for methods whose start asks for it (LoRA(init="eva"), say), by weight
+    name. Some of them give each weight a rank of its own; a weight that gets none is left alone.
+
+    A start that moves a part of the base weight into the adapter (residual="base", LoftQ) rewrites that weight, and
+    detach does not bring it back.
+
     Returns the same model. Raises `VeneerError` for a bad rule (see `plan`), a name in use, a plan made for
-    another model, or a merged model, before anything has been touched.
+    another model, statistics that are missing or of another model, or a merged model, before anything has been touched.
     """
     _check_name(model, name)
     _no_merge(model, "attach")
     if isinstance(rules, Plan):
         _check_plan(model, rules)
-    made = rules if isinstance(rules, Plan) else plan_warning(model, rules)
-    adapters = _build(made, seed)
+    made = portioned(rules if isinstance(rules, Plan) else plan_warning(model, rules), statistics)
+    _no_adapters_on_moved(made)
+    adapters = _build(made, seed, statistics or {})
     known = routes(model)
     route = known[0] if known else Route()
-    for entry, adapter in zip(made.entries, adapters, strict=True):
+    for entry, (adapter, base) in zip(made.entries, adapters, strict=True):
         for place in entry.weight.places:
-            host = lay(place.module, place.host, (place.param,), route)
+            kind = place.host if base is None else _rebase(place, base)
+            host = lay(place.module, kind, (place.param,), route)
             host.veneer.layouts[place.param] = place.layout
+            if base is not None:
+                host.veneer.moved[place.param] = str(entry.method)
             if name not in host.adapters:
                 host.adapters[name] = nn.ModuleDict()
             host.adapters[name][place.param] = adapter  # type: ignore[operator]
@@ -159,7 +170,7 @@ def _check_plan(model: nn.Module, made: Plan) -> None:
     inside = {id(module) for module in model.modules()}
     for entry in made.entries:
         for place in entry.weight.places:
-            here = place.module._parameters.get(place.param) if id(place.module) in inside else None
+            here = place.carrier() if id(place.module) in inside else None
             if here is not entry.weight.tensor:
                 raise VeneerError(f"attach: this plan was made for another model, or before {entry.name!r} was "
                                   "replaced; make it again with veneer.plan(model, rules)")
@@ -174,25 +185,50 @@ def _check_name(model: nn.Module, name: str) -> None:
                           "this one another name")
 
 
-def _build(made: Plan, seed: int) -> list[Adapter]:
-    """The adapters of a plan, filled, not yet attached."""
+def _no_adapters_on_moved(made: Plan) -> None:
+    """A start that rewrites the base would change what other adapters on it add to."""
+    for entry in made.entries:
+        if entry.method.moves_base:
+            for place in entry.weight.places:
+                if isinstance(place.module, Host) and place.param in place.module.veneer.layouts:
+                    raise VeneerError(f"attach: the start of {entry.method} rewrites the base weight {entry.name!r}, "
+                                      "on which another adapter lies already; detach that one first")
+
+
+def _rebase(place: Place, base: NewBase) -> type[Host]:
+    """Write what a start made of the base weight; returns the host for the layer as it is then."""
+    module, storage = place.module, place.storage
+    if storage is not None:
+        storage.swap(module, storage.encode(module, base.matrix) if base.packed is None else base.packed)
+        return place.host
+    stored = module._parameters[place.param]
+    assert stored is not None
+    if base.packed is not None and packed.refusal(module) is None:
+        return host_of(packed.install(module, base.packed))[0]  # type: ignore[arg-type]
+    dense.swap(stored, place.layout.stored(base.matrix).to(stored.device, stored.dtype))
+    return place.host
+
+
+def _build(made: Plan, seed: int, statistics: Evidence) -> list[tuple[Adapter, NewBase | None]]:
+    """The adapters of a plan, filled, not yet attached, and what each makes of its base weight."""
     states: dict[Method, Shared | None] = {}
     adapters = []
     for entry in made.entries:
-        tensor, layout, method = entry.weight.tensor, entry.weight.layout, entry.method
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        with torch.device(tensor.device):
+        weight, layout, method = entry.weight, entry.weight.layout, entry.method
+        with torch.device(weight.tensor.device):
             first = method not in states
             if first:
-                states[method] = _shared(method, tensor.dtype, f"{seed}/shared/{method}")
-            adapter = method.build(layout.shape, dtype, states[method])
+                states[method] = _shared(method, weight.dtype, f"{seed}/shared/{method}")
+            adapter = method.build(layout.shape, torch.promote_types(weight.dtype, torch.float32), states[method])
         if first and states[method] is not None:
             adapter.own_shared()
         adapter.seed_key = f"{seed}/{entry.name}"
         adapter.method = method
+        adapter.evidence = statistics.get(entry.name)
         with torch.no_grad():
-            adapter.initialise(layout.matrix(storage_of(tensor, entry.name).read(tensor)))
-        adapters.append(adapter)
+            base = adapter.initialise(layout.matrix(weight.read()) if adapter.needs_weight else None)
+        adapter.evidence = None
+        adapters.append((adapter, base))
     return adapters
 
 
@@ -330,9 +366,7 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, keep: bool
     todo = [(host, _merged_values(module, host, wanted, done)) for module, host in hosts(model)]
     for host, values in todo:
         for param, value in values.items():
-            before = _put(host, param, value)
-            if keep:
-                host.veneer.kept[param] = before
+            host.write(param, value, keep)
         host.veneer.merged = tuple(n for n in wanted if n in host.adapters)
     return model
 
@@ -353,33 +387,23 @@ def _merged_values(name: str, host: Host, wanted: Sequence[str], done: dict[int,
     """New values by parameter name; a tied tensor is merged once, in its first place."""
     values: dict[str, torch.Tensor] = {}
     for param in host.veneer.layouts:
-        stored = host._parameters[param]
+        stored = host.carrier(param)
         adapters = host.live(param, wanted)
         if not adapters or stored is None or id(stored) in done:
             continue
         done[id(stored)] = True
         with without_autocast(stored):
-            values[param] = host.adapted_weight(param, adapters, wide=True).to(stored.dtype)
+            values[param] = host.adapted_weight(param, adapters, wide=True).to(host.weight_dtype(param))
     added = [a.bias_delta() for a in host.live("weight", wanted)] if "weight" in host.veneer.layouts else []
     extra = [d for d in added if d is not None]
     if extra:
         bias = values.get("bias", host._parameters.get("bias"))
-        weight = host._parameters["weight"]
-        assert weight is not None
-        total = sum(d.to(torch.promote_types(d.dtype, torch.float32)) for d in extra)
-        values["bias"] = (total if bias is None else bias + total).to(weight.dtype)  # type: ignore[union-attr]
+        total = torch.stack([d.to(torch.promote_types(d.dtype, torch.float32)) for d in extra]).sum(0)
+        values["bias"] = (total if bias is None else bias + total).to(host.weight_dtype("weight"))
     for param, value in values.items():
         if not torch.isfinite(value).all():
             raise VeneerError(f"merge: {name}.{param} would hold NaN or infinite values; nothing was merged")
     return values
-
-
-def _put(host: Host, param: str, value: torch.Tensor) -> torch.Tensor | None:
-    stored = host._parameters.get(param)
-    if stored is None:  # an adapter's bias on a layer that had none
-        host.register_parameter(param, nn.Parameter(value, requires_grad=False))
-        return None
-    return storage_of(stored, param).swap(stored, value)
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -394,13 +418,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     if not any(host.veneer.kept for host in merged):
         raise VeneerError("unmerge: the merge was made with keep=False, so the base's own values are gone")
     for host in merged:
-        for param, before in host.veneer.kept.items():
-            stored = host._parameters[param]
-            assert stored is not None
-            if before is None:
-                host.register_parameter(param, None)
-            else:
-                storage_of(stored, param).swap(stored, before.to(stored.device, stored.dtype))
-        host.veneer.kept.clear()
+        for param in list(host.veneer.kept):
+            host.restore(param)
         host.veneer.merged = ()
     return model

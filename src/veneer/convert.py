@@ -225,7 +225,7 @@ def made(weight: Weight, source: Source, pair: tuple[Tensor, Tensor], tail: floa
     if not (B.isfinite().all() and A.isfinite().all()):
         raise VeneerError(f"{doing}: factors of the change of {weight.name!r} are too large for {source.dtype}; "
                           "nothing was changed")
-    default = torch.promote_types(weight.tensor.dtype, torch.float32)
+    default = torch.promote_types(weight.dtype, torch.float32)
     method = LoRA(rank=A.shape[-2], dropout=source.dropout, bias=source.bias is not None,
                   dtype=None if source.dtype == default else source.dtype)
     error = math.sqrt((tail + moved(pair, (B, A))) / square) if square else 0.0
@@ -236,7 +236,7 @@ def made(weight: Weight, source: Source, pair: tuple[Tensor, Tensor], tail: floa
 
 def put_new(model: nn.Module, pieces: list[Piece], name: str, rule: str) -> None:
     """The pieces as a new adapter, live and trainable as after `attach`."""
-    base = sum(weight.tensor.numel() for weight in scan(model))
+    base = sum(weight.numel() for weight in scan(model))
     entries = [PlanEntry(piece.weight, piece.method, rule, sum(t.numel() for t in piece.tensors.values()))
                for piece in pieces]
     attach(model, Plan(entries, base), name)
@@ -361,7 +361,7 @@ def _replace(name: str, found: list[tuple[Weight, Adapter]], pieces: list[Piece]
         if piece.line is None or piece.method == old.method:
             continue
         with torch.device(weight.tensor.device):
-            new = piece.method.build(weight.layout.shape, torch.promote_types(weight.tensor.dtype, torch.float32))
+            new = piece.method.build(weight.layout.shape, torch.promote_types(weight.dtype, torch.float32))
         new.unpack(piece.tensors)
         new.method, new.seed_key = piece.method, old.seed_key
         trained = {key: param.requires_grad for key, param in old.named_parameters()}

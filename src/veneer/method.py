@@ -15,7 +15,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,14 @@ class Shared(nn.Module):
         return self
 
 
+class NewBase(NamedTuple):
+    """What a base weight becomes where a start moves a part of it into the adapter: `matrix` (*batch, out, in), and the
+    same in packed form (an encoded matrix of `veneer.storage`), where it is to be held so."""
+
+    matrix: Tensor
+    packed: Any = None
+
+
 class Adapter(nn.Module):
     """One method's parameters for one weight W (*batch, out, in).
 
@@ -134,9 +142,11 @@ class Adapter(nn.Module):
     they depend on the base weight, in `start`, which it announces with `needs_weight = True`.
     """
 
-    needs_weight: ClassVar[bool] = False
+    needs_weight: bool = False
     #: fresh from `attach`, the new weight is W itself
     identity_at_start: ClassVar[bool] = True
+    #: `gain` or a form's making reads W in every forward
+    reads_weight: ClassVar[bool] = False
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()
@@ -145,6 +155,8 @@ class Adapter(nn.Module):
         self.method: Method | None = None  # what this was built from, set by `attach`
         self.seed_key = ""
         self.pending = False  # `start` still owed, because the weight was on the meta device
+        #: this weight's statistics by name, there while a method that `needs` them is started
+        self.evidence: Mapping[str, Tensor] | None = None
         self._cache: dict[str, Any] = {}
 
     # -- what a method defines ------------------------------------------------------------------------
@@ -152,8 +164,10 @@ class Adapter(nn.Module):
         """Fill the parameters that do not depend on W, from `self.generator()` where they are random."""
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
 
-    def start(self, weight: Tensor) -> None:
-        """Fill the parameters that depend on W (*batch, out, in). Only called when `needs_weight`."""
+    def start(self, weight: Tensor) -> NewBase | None:
+        """Fill the parameters that depend on W (*batch, out, in); returns what the base weight is to become, or None
+        where it stays. Only called when `needs_weight`."""
+        return None
 
     def delta(self) -> Tensor:
         """ΔW (*batch, out, in), differentiable."""
@@ -256,16 +270,17 @@ class Adapter(nn.Module):
     def on_meta(self) -> bool:
         return any(p.is_meta for p in self.parameters())
 
-    def initialise(self, weight: Tensor | None) -> None:
-        """First values, now or (for what needs a weight that is not there yet) at the first use."""
+    def initialise(self, weight: Tensor | None) -> NewBase | None:
+        """First values, now or (for what needs a weight that is not there yet) at the first use; what `start` gave."""
         self.pending = self.needs_weight
         if self.on_meta():
-            return
+            return None
         with torch.no_grad():
             self.reset_parameters()
             if self.needs_weight and weight is not None and not weight.is_meta:
-                self.start(weight.detach())
                 self.pending = False
+                return self.start(weight.detach())
+        return None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Adapter:
         was_meta = self.on_meta()
@@ -281,6 +296,14 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}  # what can be computed again is neither copied nor saved
+
+
+class Part:
+    """A frozen description that a method has among its options: its start, say."""
+
+    def to_config(self) -> Any:
+        """Plain, JSON-ready data that the method takes for an equal part."""
+        raise NotImplementedError(f"{type(self).__name__} must define to_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +350,20 @@ class Method:
         """
         return None
 
+    @property
+    def needs(self) -> str | None:
+        """The statistic of `veneer.calibrate` that it starts from, or None."""
+        return None
+
+    @property
+    def moves_base(self) -> bool:
+        """Its start may rewrite the base weight."""
+        return False
+
+    def portioned(self, evidence: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Method | None]:
+        """What each weight gets, by name, given the statistics of all weights with this method; None = nothing."""
+        return dict.fromkeys(evidence, self)
+
     def build(self, shape: Shape, dtype: torch.dtype, shared: Shared | None = None) -> Adapter:
         """The adapter for one weight, parameters allocated on the current default device, not yet filled.
 
@@ -342,6 +379,21 @@ class Method:
             if isinstance(inner, Method):
                 return inner.describe({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)})
         return ""
+
+    def plain(self, tensors: Mapping[str, Tensor]) -> tuple[Method, Mapping[str, Tensor]]:
+        """The same change with nothing but what is trained, for the files of other tools: a method and its tensors,
+        from what `Adapter.packed` gave."""
+        return self, tensors
+
+    def regained(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        """What `Adapter.packed` gave, out of its own or plain `tensors`, for an adapter of this method that holds `own`
+        now; None where that one began elsewhere."""
+        return tensors
+
+    def unmoved(self) -> Method:
+        """The method that gives the tensors of `Adapter.packed` their meaning on the base as it was, before a start
+        moved a part of it; itself where there is none."""
+        return self
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Method:
@@ -408,6 +460,8 @@ def method_to_dict(method: Method) -> dict[str, Any]:
         value = getattr(method, field.name)
         if isinstance(value, Method):
             value = method_to_dict(value)
+        elif isinstance(value, Part):
+            value = value.to_config()
         elif isinstance(value, torch.dtype):
             value = str(value).removeprefix("torch.")
         elif isinstance(value, tuple):

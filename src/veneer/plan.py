@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +18,14 @@ from veneer.hosts import Host, Layout, host_of
 from veneer.hosts.attention import OutProjHost
 from veneer.hosts.parameter import ParameterHost
 from veneer.hosts.swap import has_own_forward
-from veneer.method import Method, Shape, VeneerError, VeneerWarning
-from veneer.storage import storage_of
+from veneer.method import Method, Shape, VeneerError, VeneerWarning, nearest
+from veneer.storage import Storage, packed_storage, unreadable
 from veneer.wrappers import unwrap
 
 Pattern = str | re.Pattern | Callable[[str, nn.Module], bool]
 Rules = Method | Mapping[Any, Method | None]
+#: what is known of each weight before it is adapted: statistics by weight name, then by their own names
+Evidence = Mapping[str, Mapping[str, Tensor]]
 
 _LAZY = "which has no shape yet: run a forward pass first"
 _NO_LAYOUT = Layout.of(torch.empty(0))
@@ -44,13 +47,26 @@ class Place(NamedTuple):
     names: tuple[str, ...]
     refusal: str | None = None
 
+    @property
+    def storage(self) -> Storage | None:
+        """How the parameter is held in fewer bits; None where it is an ordinary one."""
+        return packed_storage(self.module) if self.param == "weight" else None
+
+    def carrier(self) -> Tensor | None:
+        """The tensor that holds the parameter now."""
+        storage = self.storage
+        return self.module._parameters.get(self.param) if storage is None else storage.carrier(self.module)
+
 
 @dataclass(eq=False)
 class Weight:
-    """One tensor of the base model that can be adapted, with every place it hangs in (more than one = tied)."""
+    """One tensor of the base model that can be adapted, with every place it hangs in (more than one = tied).
+
+    `tensor` is what holds it, which for a packed weight has a shape and a dtype of its own.
+    """
 
     name: str
-    tensor: nn.Parameter
+    tensor: Tensor
     places: list[Place]
     is_linear: bool
     is_head: bool
@@ -59,9 +75,30 @@ class Weight:
     def layout(self) -> Layout:
         return self.places[0].layout
 
+    @property
+    def storage(self) -> Storage | None:
+        return self.places[0].storage
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weight is read as."""
+        storage = self.storage
+        return self.tensor.dtype if storage is None else storage.dtype(self.places[0].module)
+
+    def numel(self) -> int:
+        """Its numbers, however many bits they take."""
+        return math.prod(self.layout.native) if self.storage is not None else self.tensor.numel()
+
+    def read(self) -> Tensor:
+        """The weight as dense numbers, in the stored layout; a packed one is read anew."""
+        storage = self.storage
+        return self.tensor if storage is None else storage.read(self.places[0].module)
+
 
 def original(weight: Weight) -> Tensor | None:
     """The base's own values, also while something is merged into them; None when they are gone."""
+    if weight.storage is not None:
+        return weight.read()
     for place in weight.places:
         module = place.module
         if isinstance(module, Host):
@@ -72,6 +109,11 @@ def original(weight: Weight) -> Tensor | None:
     merged = any(isinstance(p.module, Host) and p.module.veneer.merged and not p.module.veneer.kept
                  and p.param in p.module.veneer.layouts for p in weight.places)
     return None if merged else weight.tensor
+
+
+def moved(weight: Weight) -> bool:
+    """A part of the base's own values was moved into an adapter when that was attached."""
+    return any(isinstance(p.module, Host) and p.param in p.module.veneer.moved for p in weight.places)
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -95,9 +137,7 @@ def scan(model: nn.Module) -> list[Weight]:
         host, layouts = host_of(module)
         refusal = _out_of_reach(model, module_name) if host is OutProjHost else None
         leaf = all(name == "adapters" for name, _ in module.named_children())
-        for param, tensor in module._parameters.items():
-            if tensor is None:
-                continue
+        for param, tensor in _tensors(module, layouts).items():
             kind, layout = (host, layouts[param]) if param in layouts else (ParameterHost, Layout.of(tensor))
             full = f"{module_name}.{param}" if module_name else param
             by_module = bool(module_name) and leaf and (param == "weight" or kind is ParameterHost)
@@ -113,6 +153,15 @@ def scan(model: nn.Module) -> list[Weight]:
                 display = module_name if by_module and param == "weight" else full
                 found[id(tensor)] = Weight(display, tensor, [place], linear, head)
     return list(found.values())
+
+
+def _tensors(module: nn.Module, layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
+    """A module's parameters, or what holds them; of a packed layer only those that stand for something."""
+    storage = packed_storage(module)
+    if storage is None:
+        return {name: param for name, param in module._parameters.items() if param is not None}
+    ours = {name: module._parameters.get(name) for name in layouts if name != "weight"}
+    return {"weight": storage.carrier(module), **{name: param for name, param in ours.items() if param is not None}}
 
 
 def _is_lazy(param: Any) -> bool:
@@ -232,7 +281,7 @@ def resolve(model: nn.Module, weights: list[Weight], rules: Rules) -> Plan:
     settled = _settled(chosen)
     entries = [PlanEntry(weight, settled[method], pattern, _count(weight, settled[method]))
                for weight, (method, pattern) in chosen.items()]
-    base = sum(weight.tensor.numel() for weight in weights)
+    base = sum(weight.numel() for weight in weights)
     names = [weight.name for weight in excluded]
     adaptable = sum(not weight.layout.shape.is_vector for weight in weights)
     texts = _lazy(model, rules) + _uneven(weights, set(chosen), set(excluded))
@@ -245,6 +294,34 @@ def _settled(chosen: Mapping[Weight, tuple[Method, str]]) -> dict[Method, Method
     for weight, (method, _) in chosen.items():
         groups[method][weight.name] = weight.layout.shape
     return {method: method.settle(shapes) for method, shapes in groups.items()}
+
+
+def portioned(made: Plan, statistics: Evidence | None) -> Plan:
+    """The plan with each weight's own part of what the statistics of all of them give (ranks, say)."""
+    groups: dict[Method, list[PlanEntry]] = defaultdict(list)
+    for entry in made.entries:
+        if entry.method.needs is not None:
+            groups[entry.method].append(entry)
+    if not groups:
+        return made
+    parts: dict[str, Method | None] = {}
+    for method, entries in groups.items():
+        missing = [e.name for e in entries if e.name not in (statistics or {})]
+        if missing:
+            hint = nearest(missing[0], statistics) if statistics else ""
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise VeneerError(f"{method} starts from statistics ({method.needs}), and there are none of "
+                              f"{missing[0]!r}{more}{hint}. Collect them first: statistics = veneer.calibrate(model, "
+                              "batches, rules); veneer.attach(model, rules, statistics=statistics)")
+        assert statistics is not None
+        parts |= method.portioned({e.name: statistics[e.name] for e in entries})
+    entries = []
+    for entry in made.entries:
+        part = parts.get(entry.name, entry.method)
+        if part is not None:
+            entries.append(PlanEntry(entry.weight, part, entry.pattern, _count(entry.weight, part)))
+    left = [entry.name for entry in made.entries if parts.get(entry.name, entry.method) is None]
+    return replace(made, entries=entries, excluded=made.excluded + left)
 
 
 def _shared_count(method: Method) -> int:
@@ -289,7 +366,7 @@ def _mapped(model: nn.Module, weights: list[Weight], rules: Mapping) -> tuple[di
                     hits += 1
                     said[weight][number] = (method, _text(pattern))
         if not hits:
-            raise VeneerError(_no_hit(pattern, weights, reason, _lazy_hits(model, pattern)))
+            raise VeneerError(no_hit(pattern, weights, reason, _lazy_hits(model, pattern)))
     excluded = []
     for weight in weights:
         if weight not in said:
@@ -329,6 +406,11 @@ def _text(pattern: Any) -> str:
     return pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "__name__", repr(pattern))
 
 
+def hits(pattern: Any, weight: Weight) -> bool:
+    """Whether a pattern names this weight by any of its places."""
+    return bool(_places_hit(pattern, weight))
+
+
 def _places_hit(pattern: Any, weight: Weight) -> list[int]:
     return [i for i, place in enumerate(weight.places) if _hits(pattern, place)]
 
@@ -345,7 +427,9 @@ def _hits(pattern: Any, place: Place) -> bool:
     raise VeneerError(f"a pattern is a string, a compiled regex or a callable (name, module) → bool, got {pattern!r}")
 
 
-def _no_hit(pattern: Any, weights: list[Weight], reason: str | None, lazy: list[str]) -> str:
+def no_hit(pattern: Any, weights: list[Weight], reason: str | None = None, lazy: Sequence[str] = ()) -> str:
+    """The message for a pattern that hits nothing. reason: why what it hits cannot be adapted; lazy: names without a
+    shape that it hits."""
     text = _text(pattern)
     if reason is not None:
         return f"{text!r} matches only vectors: {reason}"
@@ -382,7 +466,10 @@ def _tie(weight: Weight) -> str:
 
 
 def _check(weight: Weight, method: Method, pattern: str) -> None:
-    storage_of(weight.tensor, weight.name)
+    if weight.storage is None:
+        unfit = unreadable(weight.tensor, weight.name)
+        if unfit is not None:
+            raise VeneerError(unfit)
     reason = method.refusal(weight.layout.shape)
     if reason is None and any(place.layout.turned(weight.layout) for place in weight.places):
         reason = f"{_tie(weight)} are one tensor but laid out differently"

@@ -194,7 +194,7 @@ def test_dropout_on_the_input(form, rows, p):
     mask = (torch.arange(300) % 3 > 0).to(F64).unsqueeze(1) if rows else None
     run = sides.Run(pair.scale * dropped.scale, dropped,
                     mask if form == "product" or mask is None else mask.expand(300, 3))
-    y = FusedLinear.apply(x, weight, bias, None, side, run, *tensors)
+    y = FusedLinear.apply(x, weight, bias, None, side, run, None, *tensors)
     inner = x * (dropped.apply(torch.ones_like(x)) * dropped.scale)
     truth = nn.functional.linear(x, weight, bias) + pair.apply(inner) * (1 if mask is None else mask)
     torch.testing.assert_close(y, truth, rtol=1e-12, atol=1e-12)

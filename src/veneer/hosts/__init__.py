@@ -9,10 +9,11 @@ from veneer.hosts.base import Host, Layout
 from veneer.hosts.conv import ConvHost
 from veneer.hosts.embedding import EmbeddingHost
 from veneer.hosts.linear import Conv1DHost, LinearHost
+from veneer.hosts.packed import PackedHost
 from veneer.hosts.parameter import ParameterHost
 
 HOSTS: tuple[type[Host], ...] = (
-    OutProjHost, LinearHost, Conv1DHost, ConvHost, EmbeddingHost, AttentionHost, ParameterHost)
+    OutProjHost, PackedHost, LinearHost, Conv1DHost, ConvHost, EmbeddingHost, AttentionHost, ParameterHost)
 
 
 def host_of(module: nn.Module) -> tuple[type[Host], dict[str, Layout]]:

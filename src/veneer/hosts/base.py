@@ -19,7 +19,7 @@ from veneer.forms import Form
 from veneer.method import Adapter, Shape, VeneerError, VeneerWarning
 from veneer.ops import Term
 from veneer.route import Route
-from veneer.storage import storage_of
+from veneer.storage import dense
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class Layout:
             shape = Shape(out=rows, in_=columns, batch=size[:-2], lookup=lookup)
         return cls(shape, size, transposed)
 
+    @classmethod
+    def packed(cls, size: tuple[int, int]) -> Layout:
+        """The layout of a packed matrix of `size` (out, in), whose stored tensor has a shape of its own."""
+        return cls(Shape(out=size[0], in_=size[1]), size)
+
     def turned(self, other: Layout) -> bool:
         """The same stored tensor is another matrix in `other`; an embedding and a head tied to it agree."""
         same = replace(self.shape, lookup=False) == replace(other.shape, lookup=False)
@@ -67,6 +72,8 @@ class HostState:
         self.layouts: dict[str, Layout] = {}
         self.merged: tuple[str, ...] = ()
         self.kept: dict[str, Tensor | None] = {}  # the base's own values while merged; None = had no such bias
+        self.dense: Tensor | None = None  # the merged weight of a packed layer
+        self.moved: dict[str, str] = {}  # parameters of which a start took a part away, and which start
         self.shown: dict[str, Tensor] | None = None  # adapted weights, only while this module's forward runs
         self.read: set[str] = set()  # which of them that forward has asked for
         # Routes of forwards since the last backward that recomputed this layer, with and without gradients.
@@ -161,17 +168,44 @@ class Host(nn.Module):
         if weight.is_meta or adapter.on_meta():
             return
         with torch.no_grad():
-            adapter.start(weight)
+            moved = adapter.start(weight)
+        if moved is not None:
+            raise VeneerError(f"the start of {adapter.method} moves a part of the base weight into the adapter, which "
+                              "cannot be done after the attach: load the base weights first, then attach")
         adapter.pending = False
+
+    def write(self, param: str, value: Tensor, keep: bool) -> None:
+        """Put a merged value (stored layout) over the base's own, which is kept for `restore` where asked for."""
+        stored = self._parameters.get(param)
+        before: Tensor | None = None
+        if stored is None:  # an adapter's bias on a layer that had none
+            self.register_parameter(param, nn.Parameter(value, requires_grad=False))
+        else:
+            before = dense.swap(stored, value)
+        if keep:
+            self.veneer.kept[param] = before
+
+    def restore(self, param: str) -> None:
+        """Give the base its own value back."""
+        before, stored = self.veneer.kept.pop(param), self._parameters[param]
+        assert stored is not None
+        if before is None:
+            self.register_parameter(param, None)
+        else:
+            dense.swap(stored, before.to(stored.device, stored.dtype))
 
     # -- the definition ---------------------------------------------------------------------------------
     def base_weight(self, param: str) -> Tensor:
         """The stored base weight, as dense numbers."""
-        # Sharding wrappers put the gathered tensor in the instance's own dict while the forward runs.
-        stored = self._parameters.get(param)
-        if stored is None:
-            stored = self.__dict__[param]
-        return storage_of(stored, param).read(stored)
+        return dense.stored(self, param)
+
+    def carrier(self, param: str) -> Tensor | None:
+        """The tensor that holds a parameter, packed or not; None where the layer has no such parameter."""
+        return self._parameters.get(param)
+
+    def weight_dtype(self, param: str) -> torch.dtype:
+        """What `base_weight` gives, without reading it."""
+        return dense.stored(self, param).dtype
 
     def base_matrix(self, param: str) -> Tensor:
         """The base weight as (*batch, out, in)."""
@@ -210,13 +244,20 @@ class Host(nn.Module):
     def explain_live(self, param: str, adapters: Sequence[Adapter]) -> tuple[str, str]:
         return "weight space", "the module's own forward reads the weight"
 
+    def become(self, base: type[nn.Module], host: type[Host]) -> None:
+        """Go on as `host` over another class of module; set by `hosts.swap`, which makes the classes."""
+        raise NotImplementedError
+
     # -- terms ------------------------------------------------------------------------------------------
     def usable(self, form: Form) -> bool:
         """Whether this layer can apply a change by its form, without the dense weight."""
         return True
 
     def term(self, adapter: Adapter, weight: Tensor, rows: Tensor | None = None) -> Term | None:
-        """The adapter as a term of the ops, or None when it has no form that this layer can use."""
+        """The adapter as a term of the ops, or None when it has no form that this layer can use.
+
+        weight: the base matrix; one on the meta device will do for an adapter that does not read it.
+        """
         form = adapter.form(weight.dtype)
         if form is None or not self.usable(form):
             return None

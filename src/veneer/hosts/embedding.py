@@ -59,7 +59,7 @@ class EmbeddingHost(TensorHost):
         """The row numbers and values of the one dense adapter that only gives rows new values, and the others."""
         if not any(adapter.row_values() is not None for adapter in adapters):
             return None  # told before `_sort`, which may be costly
-        terms, dense = self._sort(adapters)
+        terms, dense = self._sort(adapters, self.base_weight("weight"))
         found = dense[0].row_values() if len(dense) == 1 else None
         return None if found is None else (terms, *found)
 

@@ -20,7 +20,7 @@ def adapted_class(base: type, host: type[Host], params: tuple[str, ...]) -> type
     if key not in _CLASSES:
         body: dict[str, Any] = {p: shown_property(p) for p in params}
         body.update(__module__=base.__module__, __doc__=base.__doc__, __reduce_ex__=_reduce, veneer_base=base,
-                    veneer_key=key)
+                    veneer_key=key, become=_become)
         _CLASSES[key] = type(f"Adapted{base.__name__}", (host, base), body)
     return _CLASSES[key]
 
@@ -35,6 +35,11 @@ def _reduce(self: Any, protocol: Any) -> tuple:
 def _rebuild(key: tuple[type, type[Host], tuple[str, ...]], *args: Any) -> Any:
     kind = adapted_class(*key)
     return kind.__new__(kind, *args)
+
+
+def _become(self: Any, base: type, host: type[Host]) -> None:
+    self.__class__ = adapted_class(base, host, ())
+    _rebind(self)
 
 
 def lay(module: nn.Module, host: type[Host], params: tuple[str, ...], route: Route) -> Host:

@@ -23,7 +23,7 @@ class TensorHost(Host):
     def forward(self, input: Tensor) -> Tensor:
         route = self.route_now()
         if route.disabled or (route.rows is None and not route.live):
-            return super().forward(input)
+            return self.plain(input)
         if route.rows is not None:
             return self._forward_rows(input, route)
         return self._forward_names(input, route.live)
@@ -37,7 +37,10 @@ class TensorHost(Host):
         raise NotImplementedError
 
     def explain_live(self, param: str, adapters: Sequence[Adapter]) -> tuple[str, str]:
-        terms, dense = self._sort(adapters) if param == "weight" else ([], list(adapters))
+        terms: list[Term] = []
+        dense = list(adapters)
+        if param == "weight":
+            terms, dense = self._sort(adapters, self.weight_for(adapters))
         if dense:
             return "weight space", f"{type(dense[0]).__name__} has no shortcut here"
         rows = self.veneer.route.rows
@@ -48,7 +51,11 @@ class TensorHost(Host):
         return self.explain_terms(terms)
 
     def base_matrix(self, param: str) -> Tensor:
-        layout, weight = self.veneer.layouts[param], self.base_weight(param)
+        return self.matrix_of(self.base_weight(param), param)
+
+    def matrix_of(self, weight: Tensor, param: str = "weight") -> Tensor:
+        """A stored base weight as (out, in); refuses one that has been resized since the attach."""
+        layout = self.veneer.layouts[param]
         if tuple(weight.shape) != layout.native:
             raise VeneerError(f"the {param!r} of this {type(self).__name__.removeprefix('Adapted')} is now "
                               f"{tuple(weight.shape)} and was {layout.native} when its adapters were attached: resize "
@@ -67,16 +74,22 @@ class TensorHost(Host):
         bias = self.adapted_bias(names)
         if not adapters and bias is self._parameters.get("bias"):
             return self.plain(x)
-        weight = self.base_weight("weight")
-        terms, dense = self._sort(adapters)
+        weight = self.weight_for(adapters)
+        terms, dense = self._sort(adapters, weight)
         if dense:
             weight = self.adapted_weight("weight", dense, dropping=self.training)
         return self.with_terms(x, weight, bias, terms)
 
-    def _sort(self, adapters: Sequence[Adapter]) -> tuple[list[Term], list[Adapter]]:
+    def weight_for(self, adapters: Sequence[Adapter]) -> Tensor:
+        """The base weight (stored layout) for a forward with these adapters."""
+        return self.base_weight("weight")
+
+    def _sort(self, adapters: Sequence[Adapter], weight: Tensor) -> tuple[list[Term], list[Adapter]]:
         """Adapters with a form that pays as terms, the others as they are (for weight space)."""
-        matrix = self.base_matrix("weight") if adapters else None
-        pairs = [(adapter, self.term(adapter, matrix)) for adapter in adapters]  # type: ignore[arg-type]
+        if not adapters:  # of the bias alone, perhaps: then W has no layout here
+            return [], []
+        matrix = self.matrix_of(weight)
+        pairs = [(adapter, self.term(adapter, matrix)) for adapter in adapters]
         dense = [adapter for adapter, term in pairs if term is None]
         if dense and any(term is not None and term.gain is not None for _, term in pairs):
             return [], list(adapters)  # a gain multiplies the base's own product, which is not there then
@@ -94,11 +107,11 @@ class TensorHost(Host):
             return self.plain(x)
         refuse_sequence_first(self, route)
         refuse_unbatched(route, x.dim(), self.batched_dims(), "an input")
-        matrix = self.base_matrix("weight") if adapters else self.base_weight("weight")
-        terms = [self.term(a, matrix, rows.mask(name, x.device)) for name, a in adapters]
+        weight = self.weight_for([a for _, a in adapters])
+        terms = [self.term(a, self.matrix_of(weight), rows.mask(name, x.device)) for name, a in adapters]
         whole = [term for term in terms if term is not None]
         if len(whole) == len(terms) and not biases:
-            return self.with_terms(x, self.base_weight("weight"), self._parameters.get("bias"), whole)
+            return self.with_terms(x, weight, self._parameters.get("bias"), whole)
         return self._split_rows(x, route)
 
     def _split_rows(self, x: Tensor, route: Route) -> Tensor:

@@ -167,7 +167,7 @@ def expected_tensors(method: Method, layout: Layout, owner: bool) -> dict[str, T
 
 def _site(weight: Weight) -> Site:
     spots = tuple(Spot(p.module_name, p.param, _kind(p)) for p in weight.places)
-    return Site(weight.name, spots, weight.layout, weight.tensor.dtype, weight.is_linear, weight.is_head,
+    return Site(weight.name, spots, weight.layout, weight.dtype, weight.is_linear, weight.is_head,
                 _unusual(weight.places[0]))
 
 

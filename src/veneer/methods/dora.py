@@ -18,6 +18,7 @@ from veneer.forms import Form
 from veneer.method import (
     Adapter,
     Method,
+    NewBase,
     Shape,
     Shared,
     VeneerError,
@@ -69,8 +70,40 @@ class DoRA(Method):
     def adds_bias(self) -> bool:
         return self.inner.adds_bias
 
+    @property
+    def needs(self) -> str | None:
+        return self.inner.needs
+
+    @property
+    def moves_base(self) -> bool:
+        return self.inner.moves_base
+
+    def portioned(self, evidence: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Method | None]:
+        parts = self.inner.portioned(evidence)
+        return {name: None if inner is None else DoRA(inner) for name, inner in parts.items()}
+
+    def plain(self, tensors: Mapping[str, Tensor]) -> tuple[Method, Mapping[str, Tensor]]:
+        inner, parts = self.inner.plain(_inner(tensors))
+        return DoRA(inner), {"magnitude": tensors["magnitude"], **_outer(parts)}
+
+    def regained(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+        parts = self.inner.regained(_inner(tensors), _inner(own))
+        return None if parts is None else {"magnitude": tensors["magnitude"], **_outer(parts)}
+
+    def unmoved(self) -> Method:
+        return DoRA(self.inner.unmoved())
+
     def refusal(self, shape: Shape) -> str | None:
         return self.inner.refusal(shape)
+
+
+def _inner(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The wrapped adapter's own tensors, by its names."""
+    return {name.removeprefix("inner."): tensor for name, tensor in tensors.items() if name != "magnitude"}
+
+
+def _outer(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"inner.{name}": tensor for name, tensor in tensors.items()}
 
 
 class DoRAAdapter(Adapter):
@@ -78,6 +111,7 @@ class DoRAAdapter(Adapter):
     for an embedding."""
 
     needs_weight = True
+    reads_weight = True
 
     def __init__(self, inner: Adapter, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__(shape, inner.dropout)
@@ -98,10 +132,12 @@ class DoRAAdapter(Adapter):
             self.magnitude.data = wide.to(self.magnitude.device)
         return self
 
-    def start(self, weight: Tensor) -> None:
-        if self.inner.needs_weight:
-            self.inner.start(weight)
-        self.magnitude.copy_(self._row_norm(weight))
+    def start(self, weight: Tensor) -> NewBase | None:
+        self.inner.evidence = self.evidence
+        moved = self.inner.start(weight) if self.inner.needs_weight else None
+        self.inner.evidence = None
+        self.magnitude.copy_(self._row_norm(weight if moved is None else moved.matrix.to(weight.dtype)))
+        return moved
 
     def new_weight(self, weight: Tensor) -> Tensor:
         return self._over_outputs(self.gain(weight)) * self.inner.new_weight(weight)
@@ -125,16 +161,15 @@ class DoRAAdapter(Adapter):
         return self.inner.shared_state()
 
     def packed(self) -> dict[str, Tensor]:
-        inner = {f"inner.{key}": tensor for key, tensor in self.inner.packed().items()}
-        return {"magnitude": self.magnitude.detach(), **inner}
+        return {"magnitude": self.magnitude.detach(), **_outer(self.inner.packed())}
 
     def packed_shared(self) -> dict[str, Tensor]:
-        return {f"inner.{key}": tensor for key, tensor in self.inner.packed_shared().items()}
+        return _outer(self.inner.packed_shared())
 
     def unpack(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             self.magnitude.copy_(tensors["magnitude"])
-        self.inner.unpack({k.removeprefix("inner."): t for k, t in tensors.items() if k != "magnitude"})
+        self.inner.unpack(_inner(tensors))
 
     def bias_delta(self) -> Tensor | None:
         return self.inner.bias_delta()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.method import Adapter, Method, Shape, Shared, register
+from veneer.method import Adapter, Method, NewBase, Shape, Shared, register
 from veneer.methods.options import as_dtype
 
 
@@ -45,8 +45,9 @@ class FullAdapter(Adapter):
     def reset_parameters(self) -> None:
         self.weight.zero_()
 
-    def start(self, weight: Tensor) -> None:
+    def start(self, weight: Tensor) -> NewBase | None:
         self.weight.copy_(weight)
+        return None
 
     def new_weight(self, weight: Tensor) -> Tensor:
         return self.weight

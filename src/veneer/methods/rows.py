@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.method import Adapter, Method, Shape, Shared, VeneerError, register
+from veneer.method import Adapter, Method, NewBase, Shape, Shared, VeneerError, register
 from veneer.methods.options import as_dtype
 
 
@@ -69,8 +69,9 @@ class RowsAdapter(Adapter):
     def reset_parameters(self) -> None:
         self.rows.zero_()
 
-    def start(self, weight: Tensor) -> None:
+    def start(self, weight: Tensor) -> NewBase | None:
         self.rows.copy_(weight[list(self.ids)])
+        return None
 
     def new_weight(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0, torch.tensor(self.ids, device=weight.device), self.rows.to(weight.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,8 +44,11 @@ def use(mode: str) -> Iterator[None]:
         _mode = before
 
 
-def choose(x: Tensor | None, weight: Tensor, terms: Sequence[Term]) -> Choice:
-    """Which op runs these terms over this weight; `x` may be None when only an explanation is wanted."""
+def choose(x: Tensor | None, weight: Tensor, terms: Sequence[Term], packed: bool = False) -> Choice:
+    """Which op runs these terms over this weight; `x` may be None when only an explanation is wanted.
+
+    packed: the weight is read for this call only, and nothing of its size is to be kept.
+    """
     if _mode == "reference":
         return Choice("reference", "asked for by veneer.ops.use('reference')")
     if torch.compiler.is_compiling():
@@ -66,7 +69,7 @@ def choose(x: Tensor | None, weight: Tensor, terms: Sequence[Term]) -> Choice:
             return Choice("reference", "outputs of a Kronecker product are dropped one by one")
     if x is not None and x.dtype != weight.dtype and not _autocasts(x, weight):
         return Choice("reference", f"the input is {x.dtype} and the weight {weight.dtype}")
-    if x is not None and len(terms) == 1 and _spreads(x, weight, terms[0]):
+    if x is not None and len(terms) == 1 and not packed and _spreads(x, weight, terms[0]):
         return Choice("dense", f"a rank of {_rank(terms[0])} costs more per row than W + ΔW does once")
     return Choice("fused", "one product accumulates on the other" if len(terms) == 1
                   else f"{len(terms)} adapters concatenated into one call")
@@ -95,17 +98,29 @@ def _spreads(x: Tensor, weight: Tensor, term: Term) -> bool:
     return once < products
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-    """x (…, in) through weight (out, in), bias (out,) and the terms → (…, out)."""
-    op = choose(x, weight, terms).op
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term],
+           again: Callable[[], Tensor] | None = None) -> Tensor:
+    """x (…, in) through weight (out, in), bias (out,) and the terms → (…, out).
+
+    again: reads the weight anew in the backward; with it, the fused op keeps no weight from the forward until then.
+    """
+    op = choose(x, weight, terms, again is not None).op
     if op == "reference":
         return reference.linear(x, weight, bias, terms)
     device = x.device.type
     if not _autocasts(x, weight):
-        return _fused(x, weight, bias, terms, op)
+        return _fused(x, weight, bias, terms, op, again)
     x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _fused(x, weight, bias, terms, "fused")
+        return _fused(x, weight, bias, terms, "fused", again)
+
+
+def onto(base: Tensor, x: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+    """What the layer itself made of x, base (…, out) with its bias in it, and the terms beside it, in base's dtype."""
+    out = base
+    for term in terms:
+        out = out + reference.contribution(x, base, bias, term).to(base.dtype)
+    return out
 
 
 def _autocasts(x: Tensor, weight: Tensor) -> bool:
@@ -113,7 +128,8 @@ def _autocasts(x: Tensor, weight: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term], op: str) -> Tensor:
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term], op: str,
+           again: Callable[[], Tensor] | None) -> Tensor:
     p = terms[0].dropout
     flat = x.reshape(-1, x.shape[-1])
     run = Run(1.0, Dropped(p, flat.shape, flat.device) if p else None, _row_mask(x, terms))
@@ -134,7 +150,7 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
     for term in terms:
         if term.bias is not None and term.rows is None:
             bias = term.bias.to(x.dtype) if bias is None else bias + term.bias.to(bias.dtype)
-    y = FusedLinear.apply(flat, weight, bias, terms[0].gain, side, run, *tensors)
+    y = FusedLinear.apply(flat, weight, bias, terms[0].gain, side, run, again, *tensors)
     y = y.view(*x.shape[:-1], weight.shape[0])
     for term in terms:
         if term.bias is not None and term.rows is not None:

@@ -1,5 +1,31 @@
 """How a weight is stored: read as dense, written back if that is safe. One optional library per file."""
 
-from veneer.storage.dense import Dense, storage_of
+from __future__ import annotations
 
-__all__ = ["Dense", "storage_of"]
+import torch
+from torch import Tensor, nn
+
+from veneer.storage.base import Storage
+from veneer.storage.packed import Packed
+
+#: asked in this order; what none of them claims is an ordinary parameter
+STORAGES: tuple[Storage, ...] = (Packed(),)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def packed_storage(module: nn.Module) -> Storage | None:
+    """The storage that holds this module's `weight` in fewer bits, or None where it is an ordinary parameter."""
+    return next((storage for storage in STORAGES if storage.claims(module)), None)
+
+
+def unreadable(tensor: Tensor, name: str) -> str | None:
+    """Why nothing here can read an unpacked parameter as dense numbers, or None."""
+    if tensor.dtype in _FLOATS:
+        return None
+    known = ", ".join(storage.name for storage in STORAGES)
+    return (f"{name!r} is stored as {type(tensor).__name__} of {tensor.dtype}, which cannot be read as dense numbers; "
+            f"load the model dequantised (float32, bfloat16, float16 or float64), or in a form read here: {known}")
+
+
+__all__ = ["STORAGES", "Storage", "packed_storage", "unreadable"]

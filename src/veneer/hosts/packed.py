@@ -1,0 +1,127 @@
+"""Linear layers whose weight is held in fewer bits: read as dense numbers for one product at a time.
+
+In training the fused op runs on a weight that was just read, and reads it again in the backward: between them nothing
+of its size is there. Where no gradients are wanted the layer's own forward runs, which may have a kernel for packed
+weights, and the adapters are added to what it gives. So it is, too, where that forward is more than x Wᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer import ops
+from veneer.hosts.base import Layout
+from veneer.hosts.linear import LinearHost
+from veneer.method import Adapter, VeneerError
+from veneer.ops import Term
+from veneer.storage import Storage, packed_storage
+from veneer.storage.recent import RECENT
+
+
+class PackedHost(LinearHost):
+    """y = x Wᵀ + bias with W (out, in) in a packed storage. While an adapter is merged, `veneer.dense` is W."""
+
+    @classmethod
+    def claims(cls, module: nn.Module, kind: type[nn.Module]) -> dict[str, Layout]:
+        storage = packed_storage(module)
+        if storage is None:
+            return {}
+        bias = cast(Any, module).bias
+        found = {"weight": Layout.packed(storage.size(module))}
+        return {**found, "bias": Layout.of(bias)} if isinstance(bias, nn.Parameter) else found
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        storage = packed_storage(module)
+        return None if storage is None else storage.refusal(module)
+
+    @property
+    def storage(self) -> Storage:
+        found = packed_storage(self)
+        if found is None:
+            raise VeneerError(f"the weight of this {type(self).__name__.removeprefix('Adapted')} was packed when its "
+                              "adapters were attached and is not any more: detach them before it is changed")
+        return found
+
+    # -- reading ----------------------------------------------------------------------------------------
+    def base_weight(self, param: str) -> Tensor:
+        if param != "weight":
+            return super().base_weight(param)
+        return self._read(None) if self.veneer.dense is None else self.veneer.dense
+
+    def carrier(self, param: str) -> Tensor | None:
+        return self.storage.carrier(self) if param == "weight" else super().carrier(param)
+
+    def weight_dtype(self, param: str) -> torch.dtype:
+        return self.storage.dtype(self) if param == "weight" else super().weight_dtype(param)
+
+    def _read(self, dtype: torch.dtype | None) -> Tensor:
+        storage = self.storage
+        return RECENT.read(self, dtype or storage.dtype(self), lambda kind: storage.read(self, kind))
+
+    def _reads(self) -> bool:
+        """Whether a forward now goes by the weight as dense numbers, and not by the layer's own forward."""
+        if self.veneer.dense is not None:
+            return True
+        return torch.is_grad_enabled() and not self.storage.own_forward and not torch.compiler.is_compiling()
+
+    def weight_for(self, adapters: Sequence[Adapter]) -> Tensor:
+        if self._reads() or any(adapter.reads_weight for adapter in adapters):
+            return self.base_weight("weight")
+        size = self.veneer.layouts["weight"].native if adapters else self.storage.size(self)
+        return torch.empty(size, dtype=self.storage.dtype(self), device="meta")
+
+    # -- applying ---------------------------------------------------------------------------------------
+    def plain(self, x: Tensor) -> Tensor:
+        dense = self.veneer.dense
+        return super().plain(x) if dense is None else F.linear(x, dense, cast(Any, self).bias)
+
+    def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        own = self._parameters.get("bias")
+        if self.veneer.dense is not None or (bias is not None and bias is not own) or self._reads():
+            return self._by_reading(x, weight, bias, terms)
+        return ops.onto(self.plain(x), x, bias, terms)
+
+    def _by_reading(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        if self.veneer.dense is not None:
+            return super().with_terms(x, weight, bias, terms)
+        dtype = self.storage.compute_dtype(self, x.dtype)
+        if weight.is_meta:
+            weight = self._read(dtype)
+        inner = x.to(dtype)
+        if weight.requires_grad or not terms:  # an adapted weight, made of dense numbers for this call
+            return self._plain(inner, weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        return ops.linear(inner, weight, bias, terms, lambda: self._read(dtype)).to(x.dtype)
+
+    def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
+        if not self._reads():
+            return "beside", f"the layer's own forward over {self.storage.name}, and two small layers beside it"
+        op, why = ops.choose(None, self.base_weight("weight"), terms, packed=self.veneer.dense is None)
+        return op, f"{why}; the weight ({self.storage.name}) is read for each product"
+
+    # -- merging ----------------------------------------------------------------------------------------
+    def write(self, param: str, value: Tensor, keep: bool) -> None:
+        if param != "weight":
+            return super().write(param, value, keep)
+        if keep:  # the packed weight stays where it is
+            self.veneer.dense, self.veneer.kept[param] = value, self.storage.carrier(self)
+            return None
+        base = self.storage.unpack(self, value)
+        RECENT.forget(self)
+        self.become(base, LinearHost)
+        return None
+
+    def restore(self, param: str) -> None:
+        if param != "weight":
+            return super().restore(param)
+        self.veneer.dense = None
+        del self.veneer.kept[param]
+        return None
+
