@@ -14,9 +14,10 @@ from veneer.hosts import AttentionHost, Host, host_of
 from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
 from veneer.method import Adapter, Method, NewBase, Shared, VeneerError, nearest, without_autocast
-from veneer.plan import Evidence, Place, Plan, Rules, Weight, base_modules, plan_warning, portioned, scan
+from veneer.plan import Evidence, Plan, Rules, plan_warning, portioned
 from veneer.route import Route, RowNames
 from veneer.storage import dense, packed
+from veneer.weights import Place, Weight, base_modules, scan
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:

@@ -30,7 +30,7 @@ from veneer.convert import (
 )
 from veneer.low_rank import Change, as_factors, dense, spectrum_of, sum_of, widened
 from veneer.method import Adapter, VeneerError, nearest, seeded_generator, without_autocast
-from veneer.plan import Weight
+from veneer.weights import Weight
 from veneer.wrappers import unwrap
 
 _MAJORITY = ("total", "frequency")

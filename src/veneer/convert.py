@@ -18,8 +18,9 @@ from veneer.io.save import SaveReport, save
 from veneer.low_rank import Change, moved, rank_for, spectrum_of, widened
 from veneer.method import Adapter, Method, VeneerError, nearest, without_autocast
 from veneer.methods import DoRA, LoRA
-from veneer.plan import Plan, PlanEntry, Weight, original, scan
+from veneer.plan import Plan, PlanEntry
 from veneer.sharding import is_sharded
+from veneer.weights import Weight, original, scan
 from veneer.wrappers import unwrap
 
 Rank = int | float | str | None

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.hosts import Host, Layout, host_of
-from veneer.hosts.attention import OutProjHost
+from veneer.hosts import Host, Layout
 from veneer.hosts.parameter import ParameterHost
 from veneer.hosts.swap import has_own_forward
 from veneer.method import Method, Shape, VeneerError, VeneerWarning, nearest
-from veneer.storage import Storage, packed_storage, unreadable
-from veneer.wrappers import unwrap
+from veneer.storage import unreadable
+from veneer.weights import Place, Weight, base_modules, foreign, is_lazy, scan
 
 Pattern = str | re.Pattern | Callable[[str, nn.Module], bool]
 Rules = Method | Mapping[Any, Method | None]
@@ -32,169 +30,17 @@ _NO_LAYOUT = Layout.of(torch.empty(0))
 _RESERVED = frozenset(dir(nn.ModuleDict()))
 _OURS = ("adapters", "veneer")
 
-#: names under which heads are known that `get_output_embeddings` does not report
-_HEADS = {"lm_head", "score", "classifier", "qa_outputs", "output_layer", "embed_out"}
-
-
-class Place(NamedTuple):
-    """One place where a tensor hangs in the model: `names` are what patterns may call it by."""
-
-    module_name: str
-    module: nn.Module
-    param: str
-    host: type[Host]
-    layout: Layout
-    names: tuple[str, ...]
-    refusal: str | None = None
-
-    @property
-    def storage(self) -> Storage | None:
-        """How the parameter is held in fewer bits; None where it is an ordinary one."""
-        return packed_storage(self.module) if self.param == "weight" else None
-
-    def carrier(self) -> Tensor | None:
-        """The tensor that holds the parameter now."""
-        storage = self.storage
-        return self.module._parameters.get(self.param) if storage is None else storage.carrier(self.module)
-
-
-@dataclass(eq=False)
-class Weight:
-    """One tensor of the base model that can be adapted, with every place it hangs in (more than one = tied).
-
-    `tensor` is what holds it, which for a packed weight has a shape and a dtype of its own.
-    """
-
-    name: str
-    tensor: Tensor
-    places: list[Place]
-    is_linear: bool
-    is_head: bool
-
-    @property
-    def layout(self) -> Layout:
-        return self.places[0].layout
-
-    @property
-    def storage(self) -> Storage | None:
-        return self.places[0].storage
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weight is read as."""
-        storage = self.storage
-        return self.tensor.dtype if storage is None else storage.dtype(self.places[0].module)
-
-    def numel(self) -> int:
-        """Its numbers, however many bits they take."""
-        return math.prod(self.layout.native) if self.storage is not None else self.tensor.numel()
-
-    def read(self) -> Tensor:
-        """The weight as dense numbers, in the stored layout; a packed one is read anew."""
-        storage = self.storage
-        return self.tensor if storage is None else storage.read(self.places[0].module)
-
-
-def original(weight: Weight) -> Tensor | None:
-    """The base's own values, also while something is merged into them; None when they are gone."""
-    if weight.storage is not None:
-        return weight.read()
-    for place in weight.places:
-        module = place.module
-        if isinstance(module, Host):
-            kept = module.veneer.kept.get(place.param)
-            if kept is not None:
-                return kept
-            # A tied weight is kept in the one place that was merged; look at all of them before giving up.
-    merged = any(isinstance(p.module, Host) and p.module.veneer.merged and not p.module.veneer.kept
-                 and p.param in p.module.veneer.layouts for p in weight.places)
-    return None if merged else weight.tensor
-
-
-def moved(weight: Weight) -> bool:
-    """A part of the base's own values was moved into an adapter when that was attached."""
-    return any(isinstance(p.module, Host) and p.param in p.module.veneer.moved for p in weight.places)
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules()` of the base model: what adapters consist of, and wrappers around it, are left out."""
-    inside: set[int] = set()
-    for name, module in unwrap(model).named_modules():
-        if id(module) in inside:
-            continue
-        if isinstance(module, Host):
-            inside.update(id(part) for part in module.adapters.modules())
-        yield name, module
-
-
-def scan(model: nn.Module) -> list[Weight]:
-    """Every adaptable weight of the model, in order; tied places are one weight."""
-    heads = _head_modules(model)
-    found: dict[int, Weight] = {}
-    for module_name, module in base_modules(model):
-        if any(map(_is_lazy, module._parameters.values())):
-            continue
-        host, layouts = host_of(module)
-        refusal = _out_of_reach(model, module_name) if host is OutProjHost else None
-        leaf = all(name == "adapters" for name, _ in module.named_children())
-        for param, tensor in _tensors(module, layouts).items():
-            kind, layout = (host, layouts[param]) if param in layouts else (ParameterHost, Layout.of(tensor))
-            full = f"{module_name}.{param}" if module_name else param
-            by_module = bool(module_name) and leaf and (param == "weight" or kind is ParameterHost)
-            names = (module_name, full) if by_module else (full,)
-            place = Place(module_name, module, param, kind, layout, names, refusal)
-            linear = (kind.is_linear or isinstance(module, nn.Linear)) and not layout.shape.is_vector
-            head = id(module) in heads or module_name.rsplit(".", 1)[-1] in _HEADS
-            if id(tensor) in found:
-                weight = found[id(tensor)]
-                weight.places.append(place)
-                weight.is_head |= head
-            else:
-                display = module_name if by_module and param == "weight" else full
-                found[id(tensor)] = Weight(display, tensor, [place], linear, head)
-    return list(found.values())
-
-
-def _tensors(module: nn.Module, layouts: Mapping[str, Layout]) -> dict[str, Tensor]:
-    """A module's parameters, or what holds them; of a packed layer only those that stand for something."""
-    storage = packed_storage(module)
-    if storage is None:
-        return {name: param for name, param in module._parameters.items() if param is not None}
-    ours = {name: module._parameters.get(name) for name in layouts if name != "weight"}
-    return {"weight": storage.carrier(module), **{name: param for name, param in ours.items() if param is not None}}
-
-
-def _is_lazy(param: Any) -> bool:
-    return isinstance(param, nn.parameter.UninitializedParameter)
-
-
 def _lazy_hits(model: nn.Module, pattern: Any) -> list[str]:
     """Names that `pattern` hits among the parameters of lazy modules, which have no shape before their first call."""
     found = []
     for module_name, module in base_modules(model):
-        if any(map(_is_lazy, module._parameters.values())):
+        if any(map(is_lazy, module._parameters.values())):
             for param in module._parameters:
                 full = f"{module_name}.{param}" if module_name else param
                 names = (module_name, full) if param == "weight" else (full,)
                 place = Place(module_name, module, param, ParameterHost, _NO_LAYOUT, names)
                 found += [full] if _hits(pattern, place) else []
     return found
-
-
-def _out_of_reach(model: nn.Module, name: str) -> str | None:
-    """Why the `out_proj` called `name` cannot be adapted here: only its attention module reads it."""
-    parent = unwrap(model).get_submodule(name.rpartition(".")[0]) if name else None
-    # A list of modules is as good as none: what is in it is read from elsewhere.
-    if parent is None or type(parent).forward is nn.Module.forward:
-        return ("its nn.MultiheadAttention reads its weight without calling it, and is not inside this model; give "
-                "the attention module or what contains it")
-    return None
-
-
-def _head_modules(model: nn.Module) -> set[int]:
-    ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
-    return {id(head)} if isinstance(head, nn.Module) else set()
 
 
 @dataclass(eq=False)
@@ -275,7 +121,7 @@ def plan_warning(model: nn.Module, rules: Rules) -> Plan:
 
 def resolve(model: nn.Module, weights: list[Weight], rules: Rules) -> Plan:
     """The plan for already scanned weights."""
-    chosen, excluded = _bare(weights, rules) if isinstance(rules, Method) else _mapped(model, weights, rules)
+    chosen, excluded = _bare(model, weights, rules) if isinstance(rules, Method) else _mapped(model, weights, rules)
     for weight, (method, pattern) in chosen.items():
         _check(weight, method, pattern)
     settled = _settled(chosen)
@@ -284,7 +130,7 @@ def resolve(model: nn.Module, weights: list[Weight], rules: Rules) -> Plan:
     base = sum(weight.numel() for weight in weights)
     names = [weight.name for weight in excluded]
     adaptable = sum(not weight.layout.shape.is_vector for weight in weights)
-    texts = _lazy(model, rules) + _uneven(weights, set(chosen), set(excluded))
+    texts = _lazy(model, rules) + _unread(model, rules) + _uneven(weights, set(chosen), set(excluded))
     return Plan(entries, base, names, texts, adaptable, sum(map(_shared_count, dict.fromkeys(settled.values()))))
 
 
@@ -339,10 +185,18 @@ def _lazy(model: nn.Module, rules: Rules) -> list[str]:
         if names else []
 
 
-def _bare(weights: list[Weight], method: Method) -> tuple[dict, list[Weight]]:
+def _unread(model: nn.Module, rules: Rules) -> list[str]:
+    """What a bare method passes by because it cannot be read."""
+    texts = [text for *_, text in foreign(model)] if isinstance(rules, Method) else []
+    return [f"left alone: {texts[0]}" + (f"; and {len(texts) - 1} more" if texts[1:] else "")] if texts else []
+
+
+def _bare(model: nn.Module, weights: list[Weight], method: Method) -> tuple[dict, list[Weight]]:
     linear = [w for w in weights if w.is_linear]
     chosen: dict[Weight, tuple[Method, str]] = {w: (method, "(every linear weight)") for w in linear if not w.is_head}
     if not chosen:
+        for *_, unread in foreign(model):
+            raise VeneerError(f"the model has no linear weight besides its output head that can be read: {unread}")
         raise VeneerError(f"the model has no linear weight besides its output head; adaptable here: "
                           f"{_examples(weights)}. Name what to adapt: {{pattern: method}}")
     return _with_biases(weights, chosen), [w for w in linear if w.is_head]
@@ -366,7 +220,8 @@ def _mapped(model: nn.Module, weights: list[Weight], rules: Mapping) -> tuple[di
                     hits += 1
                     said[weight][number] = (method, _text(pattern))
         if not hits:
-            raise VeneerError(no_hit(pattern, weights, reason, _lazy_hits(model, pattern)))
+            raise VeneerError(_foreign_hit(model, pattern)
+                              or no_hit(pattern, weights, reason, _lazy_hits(model, pattern)))
     excluded = []
     for weight in weights:
         if weight not in said:
@@ -404,6 +259,15 @@ def _text(pattern: Any) -> str:
     if isinstance(pattern, str):
         return pattern
     return pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "__name__", repr(pattern))
+
+
+def _foreign_hit(model: nn.Module, pattern: Any) -> str | None:
+    """Why a pattern hits nothing, where it names a layer that is held in a form nothing here reads."""
+    for name, module, reason in foreign(model):
+        place = Place(name, module, "weight", ParameterHost, _NO_LAYOUT, (name, f"{name}.weight"))
+        if _hits(pattern, place):
+            return reason
+    return None
 
 
 def hits(pattern: Any, weight: Weight) -> bool:

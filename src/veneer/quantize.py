@@ -11,8 +11,9 @@ from torch import nn
 
 from veneer.hosts import Host
 from veneer.method import VeneerError, nearest
-from veneer.plan import Pattern, Weight, base_modules, hits, no_hit, scan
+from veneer.plan import Pattern, hits, no_hit
 from veneer.storage import STORAGES, Storage
+from veneer.weights import Weight, base_modules, scan
 
 
 @dataclass(frozen=True)

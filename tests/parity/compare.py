@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import veneer
 from veneer.attach import attached
 from veneer.method import Adapter, Method
-from veneer.plan import Weight
+from veneer.weights import Weight
 
 #: relative, by norm, in fp32
 BAR = 1e-5

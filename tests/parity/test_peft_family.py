@@ -17,7 +17,7 @@ import veneer
 from veneer import AdaLoRA, LoHa, LoKr, RandLoRA, VBLoRA, VeRA
 from veneer.method import Adapter, Method
 from veneer.methods.lokr import split
-from veneer.plan import Weight
+from veneer.weights import Weight
 
 from .compare import (
     BAR,

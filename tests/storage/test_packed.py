@@ -301,3 +301,24 @@ def test_errors(call, message: str) -> None:
         del model.odd
     with pytest.raises(VeneerError, match=message.replace("(", r"\(").replace("?", r"\?")):
         call(model)
+
+
+class Foreign(nn.Module):
+    """A linear layer of a library that nothing here knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 8, 16
+        self.register_buffer("qweight", torch.zeros(1, 16, dtype=torch.int32))
+
+
+def test_a_weight_nobody_can_read() -> None:
+    model = nn.ModuleDict({"proj": Foreign(), "lm_head": nn.Linear(4, 4)})
+    text = "'proj' is a Foreign with its weight in a form that nothing here reads .qweight: torch.int32.; read are"
+    with pytest.raises(VeneerError, match=text):
+        veneer.plan(model, LoRA())
+    with pytest.raises(VeneerError, match=text):
+        veneer.plan(model, {"proj": LoRA()})
+    model["up"] = nn.Linear(4, 8)
+    with pytest.warns(veneer.method.VeneerWarning, match="left alone: 'proj' is a Foreign"):
+        assert [e.name for e in veneer.plan(model, LoRA()).entries] == ["up"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from veneer.attach import adapter_names, attached, hosts, routes
 from veneer.method import Adapter, VeneerError
-from veneer.plan import original
+from veneer.weights import original
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from veneer.io.fingerprint import same_values
 from veneer.io.records import Record
 from veneer.methods import Rows
-from veneer.plan import Weight, original
 from veneer.sharding import whole
+from veneer.weights import Weight, original
 
 
 def reconcile(carried: Mapping[str, Tensor], weights: list[Weight],

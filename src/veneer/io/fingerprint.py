@@ -23,8 +23,8 @@ from torch import Tensor
 
 from veneer.method import Method, parse_dtype
 from veneer.methods import Full, Rows
-from veneer.plan import Weight, moved, original
 from veneer.sharding import is_sharded
+from veneer.weights import Weight, moved, original
 
 #: samples per model in all, and the least and most per weight
 _TOTAL, _LEAST, _MOST = 4096, 8, 256

@@ -19,8 +19,9 @@ from veneer.io.dialects import hf
 from veneer.io.fingerprint import compare
 from veneer.io.records import SHOWN, BaseMap, Record, base_map, base_weights, expected_tensors, near
 from veneer.method import Method, VeneerError, method_class, method_to_dict, nearest
-from veneer.plan import Weight, resolve
+from veneer.plan import resolve
 from veneer.sharding import spread_like
+from veneer.weights import Weight
 from veneer.wrappers import unwrap
 
 

@@ -20,8 +20,8 @@ from veneer.hosts.conv import ConvHost
 from veneer.hosts.embedding import EmbeddingHost
 from veneer.hosts.linear import Conv1DHost, LinearHost
 from veneer.method import Method, Shared, VeneerError, nearest
-from veneer.plan import Place, Weight, base_modules, scan
 from veneer.sharding import whole
+from veneer.weights import Place, Weight, base_modules, scan
 
 #: how a weight is applied, from the most to the least special host
 _KINDS: tuple[tuple[type[Host], str], ...] = (
