@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import nn
 from veneer.hosts import AttentionHost, Host, host_of
 from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
-from veneer.method import Adapter, Method, NewBase, Shared, VeneerError, nearest, without_autocast
+from veneer.method import Adapter, Method, NewBase, Shared, VeneerError, VeneerWarning, nearest, without_autocast
 from veneer.plan import Evidence, Plan, Rules, plan_warning, portioned
 from veneer.route import Route, RowNames
 from veneer.storage import dense, packed
@@ -255,7 +256,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
     With the last one gone the model is the object it was: classes, state-dict keys, bits, `requires_grad`.
     What was merged with its originals kept is unmerged; after `merge(model, keep=False)` the merged weights
-    stay. Raises `VeneerError` for an unknown name.
+    stay. Base weights that a start rewrote (see `attach`) stay as it left them, with a warning. Raises `VeneerError` for an unknown name.
     """
     names = adapter_names(model) if name is None else _known(model, [name])
     _whole_ties(model, "detach")
@@ -276,9 +277,13 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         left = {n for host in route.hosts if isinstance(host, Host) for n in host.adapters}
         route.live = tuple(n for n in route.live if n not in names or n in left)
     needed = _still_needed(found)
+    moved = {why for host in found if not needed[id(host)] for why in host.veneer.moved.values()}
     for host in found:
         if not needed[id(host)]:
             lift(host)
+    if moved:
+        warnings.warn(f"detach: the start of {' and '.join(sorted(moved))} rewrote the base weights it lay on, and they "
+                      "stay as it left them", VeneerWarning, stacklevel=2)
     for route in known:
         if not route.hosts:
             route.thaw(model)
