@@ -298,6 +298,21 @@ class Adapter(nn.Module):
         return {**self.__dict__, "_cache": {}}  # what can be computed again is neither copied nor saved
 
 
+@dataclass(frozen=True)
+class Need:
+    """What a start asks of `veneer.calibrate`.
+
+    kind: the statistic: "inputs", "covariance", "gradient". directions: how many of the leading ones of a weight to
+    keep (components of its inputs, singular triplets of its gradient). used: how many of them the pair is made of;
+    the pass over the data may end once each of these has a cosine above `tau` with what it was a batch before.
+    """
+
+    kind: str
+    directions: int = 0
+    used: int = 0
+    tau: float = 1.0
+
+
 class Part:
     """A frozen description that a method has among its options: its start, say."""
 
@@ -354,6 +369,11 @@ class Method:
     def needs(self) -> str | None:
         """The statistic of `veneer.calibrate` that it starts from, or None."""
         return None
+
+    @property
+    def need(self) -> Need | None:
+        """That statistic in detail."""
+        return None if self.needs is None else Need(self.needs)
 
     @property
     def moves_base(self) -> bool:

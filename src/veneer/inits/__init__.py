@@ -1,5 +1,14 @@
-"""Initialisers: plain functions that fill a factor pair."""
+"""Starts of a factor pair, one family a file. Importing this package registers them."""
 
-from veneer.inits.random import FACTOR_INITS, init_factors
+from veneer.inits.base import Evidence, Init, Started, init_names, make_init
+from veneer.inits.corda import CorDA
+from veneer.inits.eva import EVA
+from veneer.inits.lora_ga import LoRAGA
+from veneer.inits.quant import LoftQ, SVDQuant
+from veneer.inits.random import Gaussian, Kaiming, Orthogonal, TorchInit, Xavier
+from veneer.inits.svd import OLoRA, PiSSA
 
-__all__ = ["FACTOR_INITS", "init_factors"]
+__all__ = [
+    "EVA", "CorDA", "Evidence", "Gaussian", "Init", "Kaiming", "LoRAGA", "LoftQ", "OLoRA", "Orthogonal", "PiSSA",
+    "SVDQuant", "Started", "TorchInit", "Xavier", "init_names", "make_init",
+]

@@ -18,6 +18,7 @@ from veneer.forms import Form
 from veneer.method import (
     Adapter,
     Method,
+    Need,
     NewBase,
     Shape,
     Shared,
@@ -73,6 +74,10 @@ class DoRA(Method):
     @property
     def needs(self) -> str | None:
         return self.inner.needs
+
+    @property
+    def need(self) -> Need | None:
+        return self.inner.need
 
     @property
     def moves_base(self) -> bool:
