@@ -8,6 +8,7 @@ from veneer.inspect.summary import adapters, trainable
 from veneer.io.info import info
 from veneer.io.load import load
 from veneer.io.save import save
+from veneer.kbit import prepare_for_kbit_training
 from veneer.methods import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
 from veneer.plan import plan
 from veneer.quantize import quantize
@@ -16,6 +17,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoRA", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "RandLoRA", "Rows", "VBLoRA", "VeRA", "activate", "adapters",
-    "attach", "combine", "detach", "disabled", "info", "load", "merge", "plan", "quantize", "route", "save", "to_lora",
-    "trainable", "unmerge", "update_and_allocate",
+    "attach", "combine", "detach", "disabled", "info", "load", "merge", "plan", "prepare_for_kbit_training", "quantize",
+    "route", "save", "to_lora", "trainable", "unmerge", "update_and_allocate",
 ]
