@@ -190,7 +190,7 @@ def _check_name(model: nn.Module, name: str) -> None:
 def _no_adapters_on_moved(made: Plan) -> None:
     """A start that rewrites the base would change what other adapters on it add to."""
     for entry in made.entries:
-        if entry.method.moves_base:
+        if entry.method.moves_base and not entry.given:
             for place in entry.weight.places:
                 if isinstance(place.module, Host) and place.param in place.module.veneer.layouts:
                     raise VeneerError(f"attach: the start of {entry.method} rewrites the base weight {entry.name!r}, "
@@ -228,7 +228,9 @@ def _build(made: Plan, seed: int, statistics: Evidence) -> list[tuple[Adapter, N
         adapter.method = method
         adapter.evidence = statistics.get(entry.name)
         with torch.no_grad():
-            base = adapter.initialise(layout.matrix(weight.read()) if adapter.needs_weight else None)
+            started = adapter.needs_weight and not entry.given
+            base = adapter.initialise(layout.matrix(weight.read()) if started else None)
+            adapter.pending &= not entry.given
         adapter.evidence = None
         adapters.append((adapter, base))
     return adapters
@@ -256,7 +258,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
     With the last one gone the model is the object it was: classes, state-dict keys, bits, `requires_grad`.
     What was merged with its originals kept is unmerged; after `merge(model, keep=False)` the merged weights
-    stay. Base weights that a start rewrote (see `attach`) stay as it left them, with a warning. Raises `VeneerError` for an unknown name.
+    stay. Base weights that a start rewrote (see `attach`) stay as it left them, with a warning. Raises `VeneerError`
+    for an unknown name.
     """
     names = adapter_names(model) if name is None else _known(model, [name])
     _whole_ties(model, "detach")
@@ -282,8 +285,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         if not needed[id(host)]:
             lift(host)
     if moved:
-        warnings.warn(f"detach: the start of {' and '.join(sorted(moved))} rewrote the base weights it lay on, and they "
-                      "stay as it left them", VeneerWarning, stacklevel=2)
+        warnings.warn(f"detach: the start of {' and '.join(sorted(moved))} rewrote the base weights it lay on, and "
+                      "they stay as it left them", VeneerWarning, stacklevel=2)
     for route in known:
         if not route.hosts:
             route.thaw(model)
