@@ -31,7 +31,7 @@ class PackedHost(LinearHost):
         storage = packed_storage(module)
         if storage is None:
             return {}
-        bias = cast(Any, module).bias
+        bias = storage.bias(module)
         found = {"weight": Layout.packed(storage.size(module))}
         return {**found, "bias": Layout.of(bias)} if isinstance(bias, nn.Parameter) else found
 
@@ -55,7 +55,9 @@ class PackedHost(LinearHost):
         return self._read(None) if self.veneer.dense is None else self.veneer.dense
 
     def carrier(self, param: str) -> Tensor | None:
-        return self.storage.carrier(self) if param == "weight" else super().carrier(param)
+        if param == "weight":
+            return self.storage.carrier(self)
+        return self.storage.bias(self) if param == "bias" else super().carrier(param)
 
     def weight_dtype(self, param: str) -> torch.dtype:
         return self.storage.dtype(self) if param == "weight" else super().weight_dtype(param)
@@ -71,7 +73,7 @@ class PackedHost(LinearHost):
         return torch.is_grad_enabled() and not self.storage.own_forward and not torch.compiler.is_compiling()
 
     def weight_for(self, adapters: Sequence[Adapter]) -> Tensor:
-        if self._reads() or any(adapter.reads_weight for adapter in adapters):
+        if self.veneer.dense is not None or any(adapter.reads_weight for adapter in adapters):
             return self.base_weight("weight")
         size = self.veneer.layouts["weight"].native if adapters else self.storage.size(self)
         return torch.empty(size, dtype=self.storage.dtype(self), device="meta")
@@ -79,10 +81,14 @@ class PackedHost(LinearHost):
     # -- applying ---------------------------------------------------------------------------------------
     def plain(self, x: Tensor) -> Tensor:
         dense = self.veneer.dense
-        return super().plain(x) if dense is None else F.linear(x, dense, cast(Any, self).bias)
+        if dense is None:
+            return self.storage.forward(self, super().plain, x)
+        bias = self.storage.bias(self)
+        return F.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-        own = self._parameters.get("bias")
+        own = self.storage.bias(self)
+        bias = own if bias is None else bias
         if self.veneer.dense is not None or (bias is not None and bias is not own) or self._reads():
             return self._by_reading(x, weight, bias, terms)
         return ops.onto(self.plain(x), x, bias, terms)
@@ -91,11 +97,10 @@ class PackedHost(LinearHost):
         if self.veneer.dense is not None:
             return super().with_terms(x, weight, bias, terms)
         dtype = self.storage.compute_dtype(self, x.dtype)
-        if weight.is_meta:
-            weight = self._read(dtype)
+        weight = self._read(dtype) if weight.is_meta else weight.to(dtype)
         inner = x.to(dtype)
         if weight.requires_grad or not terms:  # an adapted weight, made of dense numbers for this call
-            return self._plain(inner, weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+            return self._plain(inner, weight, None if bias is None else bias.to(dtype)).to(x.dtype)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         return ops.linear(inner, weight, bias, terms, lambda: self._read(dtype)).to(x.dtype)
@@ -108,6 +113,8 @@ class PackedHost(LinearHost):
 
     # -- merging ----------------------------------------------------------------------------------------
     def write(self, param: str, value: Tensor, keep: bool) -> None:
+        if param == "bias" and self._parameters.get("bias") is None:
+            return self._write_bias(value, keep)
         if param != "weight":
             return super().write(param, value, keep)
         if keep:  # the packed weight stays where it is
@@ -118,7 +125,20 @@ class PackedHost(LinearHost):
         self.become(base, LinearHost)
         return None
 
+    def _write_bias(self, value: Tensor, keep: bool) -> None:
+        """A bias that is no parameter: of a layer that has none, or of a library that holds it in its own way."""
+        before = self.storage.bias(self)
+        if keep:
+            self.veneer.kept["bias"] = before
+        if before is None and "bias" in self._parameters:
+            self.register_parameter("bias", nn.Parameter(value, requires_grad=False))
+        else:
+            cast(Any, self).bias = value
+
     def restore(self, param: str) -> None:
+        if param == "bias" and "bias" not in self._parameters:
+            cast(Any, self).bias = self.veneer.kept.pop("bias")
+            return None
         if param != "weight":
             return super().restore(param)
         self.veneer.dense = None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import importlib
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from veneer.method import VeneerError, nearest
+
+_NAMES: weakref.WeakKeyDictionary[type, list[tuple[str, str]]] = weakref.WeakKeyDictionary()
 
 
 class Storage:
@@ -35,6 +40,10 @@ class Storage:
         """Raise `VeneerError` for an unknown option or a missing library, before anything is changed."""
         raise NotImplementedError
 
+    def unfit(self, scheme: str, module: nn.Module, options: Mapping[str, Any]) -> str | None:
+        """Why `pack` cannot take this `nn.Linear`, or None."""
+        return None
+
     def pack(self, scheme: str, module: nn.Module, options: Mapping[str, Any]) -> nn.Module:
         """The `nn.Linear` with its weight held by one of `schemes`: the same module, or another to put in its place."""
         raise NotImplementedError
@@ -55,6 +64,14 @@ class Storage:
         """The tensor that holds the numbers: it says the device, and which weights are one tensor."""
         raise NotImplementedError
 
+    def bias(self, module: Any) -> Tensor | None:
+        """The layer's bias, which some libraries do not hold as a parameter."""
+        return module.bias
+
+    def nbytes(self, module: nn.Module) -> int:
+        """Bytes of everything the layer holds, its bias too."""
+        return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
     def dtype(self, module: nn.Module) -> torch.dtype:
         """What the weight stands for: the dtype it had, or is read as."""
         raise NotImplementedError
@@ -66,6 +83,10 @@ class Storage:
     def read(self, module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in) as dense numbers in `dtype`, or in its own; a fresh tensor without gradient."""
         raise NotImplementedError
+
+    def forward(self, module: nn.Module, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the layer makes of x by its own forward, `own`; that may not change the weight."""
+        return own(x)
 
     def encode(self, module: nn.Module, matrix: Tensor) -> Any:
         """`matrix` (out, in) in this form, with the module's settings; the module is not changed."""
@@ -87,7 +108,42 @@ class Storage:
 
 def class_names(module: nn.Module) -> list[tuple[str, str]]:
     """(package, name) of the module's classes, nearest first: how a storage knows its library's layers unimported."""
-    return [(kind.__module__.partition(".")[0], kind.__name__) for kind in type(module).__mro__]
+    kind = type(module)
+    if kind not in _NAMES:
+        _NAMES[kind] = [(each.__module__.partition(".")[0], each.__name__) for each in kind.__mro__]
+    return _NAMES[kind]
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, below a host that lies on it."""
+    return type(module).__dict__.get("veneer_base", type(module))
+
+
+def library(name: str, extra: str) -> ModuleType:
+    """The module `name` (dots allowed); `VeneerError` naming the extra that installs it where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != name.partition(".")[0]:
+            raise  # the library is there and misses something itself
+        raise VeneerError(f"{name.partition('.')[0]} is not installed: pip install 'veneer[{extra}]'") from error
+
+
+def make_plain(module: Any, weight: Tensor, size: tuple[int, int], drop: Iterable[str]) -> type[nn.Module]:
+    """Give a module that is to be an `nn.Linear` what one has, and take `drop` away where it has it; returns the class.
+
+    weight: (out, in), of `size`. A bias that was no parameter becomes one, in the weight's dtype."""
+    bias = module.bias
+    for name in ("bias", *drop):
+        for held in (module.__dict__, module._parameters, module._buffers):
+            held.pop(name, None)
+    module._non_persistent_buffers_set.difference_update(drop)
+    if bias is not None and not isinstance(bias, nn.Parameter):
+        bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    module.out_features, module.in_features = size
+    module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    module.register_parameter("bias", bias)
+    return nn.Linear
 
 
 def check_options(scheme: str, options: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.method import VeneerError
 from veneer.storage.base import Storage, check_options
 from veneer.storage.normal_float import NormalFloat, encode
+from veneer.storage.read_linear import ReadLinear
 
 
-class PackedLinear(nn.Linear):
-    """y = x Wᵀ + bias with W (out, in) held as `NormalFloat`; frozen. W is read anew in the forward and in the
-    backward, and never kept. Made in place, from an ordinary linear layer, by `pack`.
+class PackedLinear(ReadLinear):
+    """y = x Wᵀ + bias with W (out, in) held as `NormalFloat`; frozen. Made in place, from an ordinary linear layer, by
+    `pack`.
 
     `weight` holds the codes (uint8). Scales lie in integer buffers whatever they are, so that a cast of the model
     changes what W is read as and not the scales.
     """
 
-    packed_dtype: torch.dtype
     packed_bits: int
     packed_block: int
     weight_scales: Tensor
     weight_outer: Tensor | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        # Autocast looks at the dtypes of a product's parts, and the codes are no part of one.
-        dtype = input.dtype
-        if torch.is_autocast_enabled(input.device.type) and dtype != torch.float64:
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        if torch.is_grad_enabled() and input.requires_grad:
-            return _ReadLinear.apply(input, bias, self)
-        return F.linear(input, self.read(input.dtype), bias)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """W (out, in)."""
@@ -56,27 +45,8 @@ class PackedLinear(nn.Linear):
         self.register_buffer("weight_scales", scales.view(torch.int32) if scales.is_floating_point() else scales)
         self.register_buffer("weight_outer", None if held.outer is None else held.outer.view(torch.int32))
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> PackedLinear:
-        super()._apply(fn, recurse)
-        self.packed_dtype = fn(torch.empty(0, dtype=self.packed_dtype, device=self.weight.device)).dtype
-        return self
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_name(self.packed_bits)}, block={self.packed_block}, {self.packed_dtype}"
-
-
-class _ReadLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        ctx.rows = x.shape[:-1].numel()
-        return F.linear(x, layer.read(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dy = grads[0]
-        d_bias = dy.reshape(ctx.rows, -1).sum(0) if ctx.needs_input_grad[1] else None
-        return (dy @ ctx.layer.read(ctx.dtype) if ctx.needs_input_grad[0] else None), d_bias, None
 
 
 def _name(bits: int) -> str:
