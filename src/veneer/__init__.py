@@ -1,7 +1,7 @@
 """Veneer: thin trainable layers over a frozen PyTorch model. The native API, and nothing else."""
 
 from veneer.allocate import update_and_allocate
-from veneer.attach import activate, attach, detach, disabled, merge, route, unmerge
+from veneer.attach import activate, attach, detach, disabled, route
 from veneer.combine import combine
 from veneer.convert import to_lora
 from veneer.inspect.summary import adapters, trainable
@@ -9,6 +9,7 @@ from veneer.io.info import info
 from veneer.io.load import load
 from veneer.io.save import save
 from veneer.kbit import prepare_for_kbit_training
+from veneer.merge import merge, unmerge
 from veneer.methods import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
 from veneer.plan import plan
 from veneer.quantize import quantize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from veneer.attach import adapter_names, shared_states
+from veneer.attached import adapter_names, shared_states
 from veneer.method import VeneerError, nearest
 from veneer.wrappers import unwrap
 

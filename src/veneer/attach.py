@@ -1,4 +1,4 @@
-"""attach, detach, activate, disabled, route, merge, unmerge: everything that changes a model in place."""
+"""attach, detach, activate, disabled, route: what lays adapters over a model in place, and which of them are live."""
 
 from __future__ import annotations
 
@@ -6,120 +6,35 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from veneer.attached import (
+    Attached,
+    adapter_names,
+    attached,
+    hosts,
+    hosts_outside,
+    known_names,
+    refuse_merged,
+    refuse_split_ties,
+    routes,
+    shared_states,
+)
 from veneer.hosts import AttentionHost, Host, host_of
 from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
-from veneer.method import Adapter, Method, NewBase, Shared, VeneerError, VeneerWarning, nearest, without_autocast
+from veneer.merge import unmerge
+from veneer.method import Adapter, Method, NewBase, Shared, VeneerError, VeneerWarning
 from veneer.plan import Evidence, Plan, Rules, plan_warning, portioned
 from veneer.route import Route, RowNames
 from veneer.storage import dense, packed
-from veneer.weights import Place, Weight, base_modules, scan
+from veneer.storage.recent import RECENT
+from veneer.weights import Place, base_modules
 
-
-def hosts(model: nn.Module) -> Iterator[tuple[str, Host]]:
-    """(module name, host) of every adapted module, in the model's order."""
-    for name, module in base_modules(model):
-        if isinstance(module, Host):
-            yield name, module
-
-
-def routes(model: nn.Module) -> list[Route]:
-    """The distinct routes of the model's hosts: one, unless parts were adapted before they were put together."""
-    found = {id(host.veneer.route): host.veneer.route for _, host in hosts(model)}
-    return list(found.values())
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters on the model, in the order of their first host."""
-    return list(dict.fromkeys(name for _, host in hosts(model) for name in host.adapters))
-
-
-class Attached(NamedTuple):
-    """One adapter on one weight of a model."""
-
-    weight: Weight
-    adapter: Adapter
-
-
-def attached(model: nn.Module, name: str) -> list[Attached]:
-    """The adapters called `name`, one per weight (a tied weight counts once), in the model's order."""
-    found = []
-    for weight in scan(model):
-        for place in weight.places:
-            if isinstance(place.module, Host) and name in place.module.adapters:
-                slots = place.module.adapters[name]
-                if place.param in slots:  # type: ignore[operator]
-                    adapter = slots[place.param]  # type: ignore[index]
-                    if adapter.pending:  # whoever asks for adapters reads their values
-                        place.module.finish(place.param, adapter)
-                    found.append(Attached(weight, adapter))
-                    break
-    return found
-
-
-def shared_states(model: nn.Module, name: str) -> list[Shared]:
-    """What the adapters called `name` share, each state once, in the order of its first weight."""
-    states = (adapter.shared_state() for _, adapter in attached(model, name))
-    return list({id(state): state for state in states if state is not None}.values())
-
-
-def _known(model: nn.Module, names: Iterable[str]) -> list[str]:
-    present = adapter_names(model)
-    names = list(dict.fromkeys(names))
-    for name in names:
-        if name not in present:
-            have = ", ".join(map(repr, present)) or "none"
-            hint = nearest(str(name), present) or "."
-            raise VeneerError(f"no adapter named {name!r} on this model{hint} It has: {have}")
-    return names
-
-
-def _no_merge(model: nn.Module, doing: str) -> None:
-    found = [host for _, host in hosts(model) if host.veneer.merged]
-    if not found:
-        return
-    names = sorted({name for host in found for name in host.veneer.merged})
-    way = "call veneer.unmerge(model) first"
-    if not any(host.veneer.kept for host in found):
-        way = f"for good (keep=False), so detach(model, {names[0]!r}) takes it off and leaves its weights"
-    raise VeneerError(f"{doing}: adapter {', '.join(map(repr, names))} is merged into the base weights; {way}")
-
-
-def _outside(model: nn.Module) -> list[Host]:
-    """Hosts that share a route with those of `model` but are no part of it, when `model` is itself a part."""
-    inside = {id(host) for _, host in hosts(model)}
-    return [host for each in routes(model) for host in each.hosts
-            if isinstance(host, Host) and id(host) not in inside]
-
-
-def _whole_ties(model: nn.Module, doing: str) -> None:
-    """Refuse what would change a tied weight in one of its places only."""
-    ours = {id(adapter): name for name, host in hosts(model) for adapter in host.adapters.modules()
-            if isinstance(adapter, Adapter)}
-    for host in _outside(model):
-        for adapter in host.adapters.modules():
-            if id(adapter) in ours:
-                raise VeneerError(f"{doing}: the weight of {ours[id(adapter)] or 'this module'!r} is tied to one "
-                                  "outside the part of the model given; call this on the whole model")
-
-
-def _whole_shares(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse to take off the adapter that owns what adapters outside of this part share with it."""
-    def states(host: Host) -> dict[int, str]:
-        return {id(a.shared_state()): n for n in names if n in host.adapters
-                for a in host.adapters[n].modules() if isinstance(a, Adapter) and a.shared_state() is not None}
-
-    outside = {key for host in _outside(model) for key in states(host)}
-    for name, host in hosts(model):
-        for key, adapter in states(host).items():
-            if key in outside:
-                raise VeneerError(f"detach: adapter {adapter!r} of {name or 'this module'!r} shares its state with "
-                                  "weights outside the part of the model given; call this on the whole model")
+__all__ = ["Attached", "activate", "adapter_names", "attach", "attached", "detach", "disabled", "hosts", "route",
+           "routes", "shared_states"]
 
 
 def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: int = 0,
@@ -141,7 +56,7 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
     another model, statistics that are missing or of another model, or a merged model, before anything has been touched.
     """
     _check_name(model, name)
-    _no_merge(model, "attach")
+    refuse_merged(model, "attach")
     if isinstance(rules, Plan):
         _check_plan(model, rules)
     made = portioned(rules if isinstance(rules, Plan) else plan_warning(model, rules), statistics)
@@ -162,7 +77,7 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
             host.adapters[name].train(host.training)
     guard_direct_readers(module for _, module in base_modules(model))
     freeze_base(model, route)
-    outside = {n for host in _outside(model) for n in host.adapters}
+    outside = {n for host in hosts_outside(model) for n in host.adapters}
     for each in routes(model):
         each.live = (*(n for n in each.live if n in outside), name)
     return model
@@ -202,6 +117,7 @@ def _rebase(place: Place, base: NewBase) -> type[Host]:
     module, storage = place.module, place.storage
     if storage is not None:
         storage.swap(module, storage.encode(module, base.matrix) if base.packed is None else base.packed)
+        RECENT.forget(module)
         return place.host
     stored = module._parameters[place.param]
     assert stored is not None
@@ -261,12 +177,12 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     stay. Base weights that a start rewrote (see `attach`) stay as it left them, with a warning. Raises `VeneerError`
     for an unknown name.
     """
-    names = adapter_names(model) if name is None else _known(model, [name])
-    _whole_ties(model, "detach")
-    _whole_shares(model, names)
+    names = adapter_names(model) if name is None else known_names(model, [name])
+    refuse_split_ties(model, "detach")
+    _refuse_split_shares(model, names)
     merged = {n for _, host in hosts(model) for n in host.veneer.merged}
     if merged and name is not None and name not in merged:
-        _no_merge(model, f"detach {name!r}")
+        refuse_merged(model, f"detach {name!r}")
     if merged & set(names) and any(host.veneer.kept for _, host in hosts(model)):
         unmerge(model)
     known = routes(model)
@@ -293,6 +209,20 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     return model
 
 
+def _refuse_split_shares(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse to take off the adapter that owns what adapters outside of this part share with it."""
+    def states(host: Host) -> dict[int, str]:
+        return {id(a.shared_state()): n for n in names if n in host.adapters
+                for a in host.adapters[n].modules() if isinstance(a, Adapter) and a.shared_state() is not None}
+
+    outside = {key for host in hosts_outside(model) for key in states(host)}
+    for name, host in hosts(model):
+        for key, adapter in states(host).items():
+            if key in outside:
+                raise VeneerError(f"detach: adapter {adapter!r} of {name or 'this module'!r} shares its state with "
+                                  "weights outside the part of the model given; call this on the whole model")
+
+
 def _still_needed(found: Sequence[Host]) -> dict[int, bool]:
     """A host stays for adapters of its own, or (attention) for those of the `out_proj` it reads."""
     needed = {id(host): len(host.adapters) > 0 for host in found}
@@ -308,8 +238,8 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
     What is live holds for the whole model, also when `model` is a part of it. Never changes `requires_grad`.
     Raises `VeneerError` for an unknown name or a merged model.
     """
-    wanted = tuple(_known(model, [names] if isinstance(names, str) else names))
-    _no_merge(model, "activate")
+    wanted = tuple(known_names(model, [names] if isinstance(names, str) else names))
+    refuse_merged(model, "activate")
     for route in routes(model):
         route.live = wanted
     return model
@@ -318,7 +248,7 @@ def activate(model: nn.Module, names: str | Iterable[str]) -> nn.Module:
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the context the model computes what the bare base computes, in every thread that runs it."""
-    _no_merge(model, "disabled")
+    refuse_merged(model, "disabled")
     known = routes(model)
     for route in known:
         route.disabled += 1
@@ -341,8 +271,8 @@ def route(model: nn.Module, row_names: Sequence[str | None]) -> Iterator[nn.Modu
     """
     if isinstance(row_names, str) or not len(row_names):
         raise VeneerError(f"route needs one adapter name or None per row of the batch, got {row_names!r}")
-    _known(model, [name for name in row_names if name is not None])
-    _no_merge(model, "route")
+    known_names(model, [name for name in row_names if name is not None])
+    refuse_merged(model, "route")
     known = routes(model)
     before = [each.rows for each in known]
     rows = RowNames(row_names)
@@ -353,81 +283,3 @@ def route(model: nn.Module, row_names: Sequence[str | None]) -> Iterator[nn.Modu
     finally:
         for each, old in zip(known, before, strict=True):
             each.rows = old
-
-
-def merge(model: nn.Module, names: str | Iterable[str] | None = None, keep: bool = True) -> nn.Module:
-    """Write the adapted weights over the base weights; `names` defaults to the live adapters.
-
-    Computed in fp32 or wider and rounded once. With `keep` the base's own values are kept (costing their
-    memory) so that `unmerge` gives their bits back; without, the merge is final.
-    Raises `VeneerError`, with nothing changed, when a merged weight would not be finite, when something is
-    merged already, or when a live adapter that is left out would start from the merged weights and change.
-    """
-    _no_merge(model, "merge")
-    _whole_ties(model, "merge")
-    if names is None:
-        names = [n for each in routes(model) for n in each.live]
-    wanted = _known(model, [names] if isinstance(names, str) else names)
-    if not wanted:
-        raise VeneerError("merge: no adapter is live; name the ones to merge")
-    _no_dependents(model, wanted)
-    done: dict[int, Any] = {}
-    todo = [(host, _merged_values(module, host, wanted, done)) for module, host in hosts(model)]
-    for host, values in todo:
-        for param, value in values.items():
-            host.write(param, value, keep)
-        host.veneer.merged = tuple(n for n in wanted if n in host.adapters)
-    return model
-
-
-def _no_dependents(model: nn.Module, wanted: Sequence[str]) -> None:
-    for name, host in hosts(model):
-        for param in host.veneer.layouts:
-            left = [n for n in host.veneer.route.live if n not in wanted]
-            for other, adapter in ((n, a) for n in left for a in host.live(param, [n])):
-                if host.live(param, wanted) and adapter.method is not None and not adapter.method.additive:
-                    raise VeneerError(f"merge: {other!r} is live on {name}.{param} too, and its {adapter.method} "
-                                      "starts from the base weight, so merging only the others would change it; "
-                                      "merge all of them, or activate only what is to be merged")
-
-
-@torch.no_grad()
-def _merged_values(name: str, host: Host, wanted: Sequence[str], done: dict[int, Any]) -> dict[str, torch.Tensor]:
-    """New values by parameter name; a tied tensor is merged once, in its first place."""
-    values: dict[str, torch.Tensor] = {}
-    for param in host.veneer.layouts:
-        stored = host.carrier(param)
-        adapters = host.live(param, wanted)
-        if not adapters or stored is None or id(stored) in done:
-            continue
-        done[id(stored)] = True
-        with without_autocast(stored):
-            values[param] = host.adapted_weight(param, adapters, wide=True).to(host.weight_dtype(param))
-    added = [a.bias_delta() for a in host.live("weight", wanted)] if "weight" in host.veneer.layouts else []
-    extra = [d for d in added if d is not None]
-    if extra:
-        bias = values.get("bias", host._parameters.get("bias"))
-        total = torch.stack([d.to(torch.promote_types(d.dtype, torch.float32)) for d in extra]).sum(0)
-        values["bias"] = (total if bias is None else bias + total).to(host.weight_dtype("weight"))
-    for param, value in values.items():
-        if not torch.isfinite(value).all():
-            raise VeneerError(f"merge: {name}.{param} would hold NaN or infinite values; nothing was merged")
-    return values
-
-
-def unmerge(model: nn.Module) -> nn.Module:
-    """Give the base weights their own bits back, after any number of cycles.
-
-    Raises `VeneerError` when nothing is merged, or when the originals were not kept.
-    """
-    merged = [host for _, host in hosts(model) if host.veneer.merged]
-    if not merged:
-        raise VeneerError("unmerge: nothing is merged")
-    _whole_ties(model, "unmerge")
-    if not any(host.veneer.kept for host in merged):
-        raise VeneerError("unmerge: the merge was made with keep=False, so the base's own values are gone")
-    for host in merged:
-        for param in list(host.veneer.kept):
-            host.restore(param)
-        host.veneer.merged = ()
-    return model

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from veneer.attach import Attached, adapter_names, attached, shared_states
+from veneer.attached import Attached, adapter_names, attached, shared_states
 from veneer.forms import Factors
 from veneer.method import VeneerError, nearest
 

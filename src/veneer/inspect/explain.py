@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from veneer.attach import hosts
+from veneer.attached import hosts
 
 
 def explain(model: nn.Module) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from veneer.attach import adapter_names, attached, hosts, routes
+from veneer.attached import adapter_names, attached, hosts, routes
 from veneer.method import Adapter, VeneerError
 from veneer.weights import original
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from veneer.attach import shared_states
+from veneer.attached import shared_states
 from veneer.io.files import write_all
 from veneer.io.tensors import read_tensors, write_tensors
 from veneer.method import VeneerError

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import veneer
-from veneer.attach import attached
+from veneer.attached import attached
 from veneer.method import VeneerError
 from veneer.train.batches import Collator, LengthGroupedSampler
 from veneer.train.checkpoint import load_progress, save_progress
