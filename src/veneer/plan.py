@@ -45,12 +45,14 @@ def _lazy_hits(model: nn.Module, pattern: Any) -> list[str]:
 
 @dataclass(eq=False)
 class PlanEntry:
-    """One weight, the method for it, the rule that said so, and its trainable parameters."""
+    """One weight, the method for it, the rule that said so, and its trainable parameters. given: the adapter's values
+    come from elsewhere (a file), so that nothing is started from the base weight or from statistics."""
 
     weight: Weight
     method: Method
     pattern: str
     parameters: int
+    given: bool = False
 
     @property
     def name(self) -> str:
@@ -146,7 +148,7 @@ def portioned(made: Plan, statistics: Evidence | None) -> Plan:
     """The plan with each weight's own part of what the statistics of all of them give (ranks, say)."""
     groups: dict[Method, list[PlanEntry]] = defaultdict(list)
     for entry in made.entries:
-        if entry.method.needs is not None:
+        if entry.method.needs is not None and not entry.given:
             groups[entry.method].append(entry)
     if not groups:
         return made
@@ -165,7 +167,7 @@ def portioned(made: Plan, statistics: Evidence | None) -> Plan:
     for entry in made.entries:
         part = parts.get(entry.name, entry.method)
         if part is not None:
-            entries.append(PlanEntry(entry.weight, part, entry.pattern, _count(entry.weight, part)))
+            entries.append(PlanEntry(entry.weight, part, entry.pattern, _count(entry.weight, part), entry.given))
     left = [entry.name for entry in made.entries if parts.get(entry.name, entry.method) is None]
     return replace(made, entries=entries, excluded=made.excluded + left)
 

@@ -35,6 +35,8 @@ class MethodCase:
     #: kinds of weights on which these options mean something of their own; None = all
     kinds: tuple[str, ...] | None = None
     identity_at_start: bool = True
+    #: a file for other tools holds the same change by other parameters
+    made_plain: bool = False
 
     def formula(self, kind: str) -> Callable[[Tensor, Params], Tensor]:
         return self.dense_lookup or self.dense if kind == "lookup" else self.dense
@@ -66,6 +68,34 @@ class HostCase:
 
 def _lora(scale: float) -> Callable[[Tensor, Params], Tensor]:
     return lambda W, p: W + scale * torch.matmul(p["B"], p["A"])
+
+
+def _from(start: Callable[[Tensor], tuple[Tensor, Tensor]], scale: float) -> Callable[[Tensor, Params], Tensor]:
+    """LoRA that begins at a pair found from W, one matrix after the other and in fp32: W + s(BA − B₀A₀)."""
+    def dense(W: Tensor, p: Params) -> Tensor:
+        begun = [start(matrix) for matrix in W.float().reshape(-1, *W.shape[-2:])]
+        A, B = (torch.stack(part).reshape(p[name].shape).to(p[name].dtype)
+                for name, part in zip("AB", zip(*begun, strict=True), strict=True))
+        return W + scale * (p["B"] @ p["A"] - B @ A)
+
+    return dense
+
+
+def _pissa(rank: int, scale: float) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def start(W: Tensor) -> tuple[Tensor, Tensor]:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        root = (S[:rank] / scale).sqrt()
+        return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+    return start
+
+
+def _olora(rank: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def start(W: Tensor) -> tuple[Tensor, Tensor]:
+        Q = torch.linalg.qr(W[:, :rank])[0]
+        return Q.mT @ W, Q
+
+    return start
 
 
 def _circulant(W: Tensor, p: Params) -> Tensor:
@@ -187,6 +217,8 @@ METHODS = [
     MethodCase("lora", LoRA(rank=3), _lora(1.0)),
     MethodCase("rslora", LoRA(rank=4, alpha=6, rank_stabilized=True), _lora(6 / math.sqrt(4))),
     MethodCase("lora-bias", LoRA(rank=3, alpha=1.5, bias=True), _lora(0.5)),
+    MethodCase("pissa", LoRA(rank=2, alpha=5, init="pissa"), _from(_pissa(2, 2.5), 2.5), made_plain=True),
+    MethodCase("olora", LoRA(rank=2, init="olora"), _from(_olora(2), 1.0), made_plain=True),
     MethodCase("dora", DoRA(LoRA(rank=3)), _dora(_lora(1.0)), _dora(_lora(1.0), dim=-2)),
     MethodCase("full", Full(), lambda W, p: p["weight"]),
     MethodCase("rows", Rows(ROWS), _rows),
@@ -205,7 +237,7 @@ METHODS = [
 ]
 #: every additive method once more inside of DoRA
 METHODS += [MethodCase(f"dora-{case.name}", DoRA(case.method), _dora(case.dense), _dora(case.dense, dim=-2), case.kinds,
-                       case.identity_at_start)
+                       case.identity_at_start, case.made_plain)
             for case in METHODS if case.name not in ("lora", "rslora", "lora-bias", "dora", "full", "rows")]
 
 

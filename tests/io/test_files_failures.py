@@ -227,7 +227,7 @@ def test_another_rank_than_the_config_says(saved):
     ("layer_replication", [[0, 2]], "it repeats layers of the base"),
     ("alora_invocation_tokens", [1, 2], "the adapter is live only after certain tokens"),
     ("use_rsloar", True, "unknown key 'use_rsloar' (= True); did you mean 'use_rslora'?"),
-    ("init_lora_weights", "pissa", "init_lora_weights='pissa' changed the base weights"),
+    ("init_lora_weights", "pissa_niter_4", "init_lora_weights='pissa_niter_4' changed the base weights"),
     ("init_lora_weights", "lora_ga", "path_initial_model_for_weight_conversion"),
     ("peft_type", "BOFT", "peft_type is 'BOFT'. Veneer reads LORA, LOHA, LOKR"),
     ("bias", "some", "bias='some'; possible: none, all, lora_only"),

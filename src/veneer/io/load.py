@@ -18,7 +18,7 @@ from veneer.io.carried import reconcile
 from veneer.io.dialects import hf
 from veneer.io.fingerprint import compare
 from veneer.io.records import SHOWN, BaseMap, Record, base_map, base_weights, expected_tensors, near
-from veneer.method import Method, VeneerError, method_class, method_to_dict, nearest
+from veneer.method import Adapter, Method, VeneerError, method_class, method_to_dict, nearest
 from veneer.plan import resolve
 from veneer.sharding import spread_like
 from veneer.weights import Weight
@@ -173,6 +173,8 @@ def _together(group: list[Record], records: list[Record], base: BaseMap) -> list
 def _wrong_tensors(record: Record, expected: Mapping[str, Tensor]) -> list[str]:
     out = []
     for part, want in expected.items():
+        if part in record.restarted:
+            continue
         key = record.keys.get(part, f"{record.name}/{part}")
         if part not in record.tensors:
             out.append(f"missing: {part} of {record.name!r} (no {key!r} in the file)")
@@ -219,13 +221,29 @@ def _against_existing(model: nn.Module, name: str, records: list[Record]) -> lis
             problems.append(f"unexpected: {record.name!r} is in the file, but adapter {name!r} on this model "
                             "is not on it")
             records.remove(record)
-        elif adapter.method is None or _meaning(adapter.method) != _meaning(record.method):
-            problems.append(f"{record.name!r} is {record.method} in the file and {adapter.method} on this model")
-            records.remove(record)
         else:
-            problems += _narrowed(record, {**adapter.packed(), **adapter.packed_shared()})
+            own = {**adapter.packed(), **adapter.packed_shared()}
+            wrong = _fitted(record, adapter, own)
+            problems += wrong or _narrowed(record, own)
+            if wrong:
+                records.remove(record)
     return problems + [f"missing: {rest!r}, which adapter {name!r} on this model is on, is not in the file"
                        for rest in there]
+
+
+def _fitted(record: Record, adapter: Adapter, own: Mapping[str, Tensor]) -> list[str]:
+    """Give the record what fits an adapter that is there, also from its plain form in the file; or say why not."""
+    method = adapter.method
+    assert method is not None
+    known = [_meaning(method), _meaning(method.unmoved().plain(own)[0])]
+    if _meaning(record.method) not in known or not record.restarted <= own.keys():
+        return [f"{record.name!r} is {record.method} in the file and {method} on this model"]
+    tensors = method.regained({**{part: own[part] for part in record.restarted}, **record.tensors}, own)
+    if tensors is None:
+        return [f"{record.name!r} began from another pair of factors in the file than on this model; load it under "
+                "another name"]
+    record.tensors = dict(tensors)
+    return []
 
 
 def _narrowed(record: Record, have: Mapping[str, Tensor]) -> list[str]:
@@ -260,18 +278,22 @@ def _attach(model: nn.Module, weights: list[Weight], records: list[Record], name
         elif full.endswith(".bias"):
             rules[full] = None  # a method that covers biases is to cover only what the file has
     seed = stored.manifest.seed if stored.manifest else None
-    attach(model, resolve(model, weights, rules), name, seed=seed or 0)
+    made = resolve(model, weights, rules)
+    restarted = {record.name for record in records if record.restarted or record.method.moves_base}
+    entries = [dataclasses.replace(entry, given=entry.name not in restarted) for entry in made.entries]
+    attach(model, dataclasses.replace(made, entries=entries), name, seed=seed or 0)
 
 
 @torch.no_grad()
 def _fill(model: nn.Module, name: str, records: list[Record]) -> int:
     """Copy the tensors into the adapter's own parameters, which stay the objects they are."""
-    tensors = {record.name: record.tensors for record in records}
+    by_name = {record.name: record for record in records}
     filled = 0
     for weight, adapter in attached(model, name):
-        if weight.name in tensors:
-            own = adapter.state_dict()
-            adapter.unpack({k: spread_like(t, own[k]) if k in own else t for k, t in tensors[weight.name].items()})
+        if weight.name in by_name:
+            own, record = adapter.state_dict(), by_name[weight.name]
+            given = {k: spread_like(t, own[k]) if k in own else t for k, t in record.tensors.items()}
+            adapter.unpack({part: own[part] for part in record.restarted} | given)
             adapter.pending = False
             filled += 1
     return filled

@@ -76,12 +76,14 @@ class BaseMap:
 
 @dataclass
 class Record:
-    """One adapted weight: tensors by their name in the adapter; keys: by what name each stands in a file."""
+    """One adapted weight: tensors by their name in the adapter; keys: by what name each stands in a file; restarted:
+    those that are no part of the file, since starting the adapter from the base weight gives them again."""
 
     name: str
     method: Method
     tensors: dict[str, Tensor]
     keys: dict[str, str] = field(default_factory=dict)
+    restarted: frozenset[str] = frozenset()
 
 
 def base_weights(model: nn.Module) -> list[Weight]:
@@ -141,7 +143,7 @@ def records_of(model: nn.Module, name: str) -> list[Record]:
         if state is not None and all(record.method != adapter.method for record in found):
             packed |= adapter.packed_shared()
         tensors = {key: whole(value.detach()) for key, value in packed.items()}
-        found.append(Record(weight.name, adapter.method, tensors))
+        found.append(Record(weight.name, adapter.method.unmoved(), tensors))
     return found
 
 

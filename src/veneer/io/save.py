@@ -71,11 +71,17 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> SaveRepor
     notes += [note for state in shared_states(model, name) for note in state.notes()]
     seed = _seed(model, name)
     try:
-        config, tensors, more = hf.encode(records, base)
-        return _write(Path(path), records, base, print_, seed, tensors, config, "", notes + more)
+        plain = [_plain(record) for record in records]
+        config, tensors, more = hf.encode(plain, base)
+        return _write(Path(path), plain, base, print_, seed, tensors, config, "", notes + more)
     except hf.Inexpressible as no:
         reason = str(no)
     return _write(Path(path), records, base, print_, seed, native.encode(records), None, reason, notes)
+
+
+def _plain(record: Record) -> Record:
+    method, tensors = record.method.plain(record.tensors)
+    return Record(record.name, method, dict(tensors))
 
 
 def _write(path: Path, records: list[Record], base: BaseMap, print_: Fingerprint, seed: int | None,

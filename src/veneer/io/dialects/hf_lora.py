@@ -11,7 +11,7 @@ from torch import Tensor
 from veneer.io.dialects import hf_lora_read, hf_lora_write
 from veneer.io.dialects.hf_base import Draft, FileType, Reading
 from veneer.io.records import Record
-from veneer.method import VeneerError
+from veneer.method import VeneerError, nearest
 
 _KEYS: dict[str, Any] = {
     "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "lora_bias": False,
@@ -33,8 +33,16 @@ REFUSED = {
     "use_bdlora": "its factors are block-diagonal",
     "megatron_config": "it is for Megatron's layers",
 }
-#: starts that leave the base as it is; the others subtract from it, and the file is relative to that residue
+#: starts that leave the base as it is
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", None)
+#: others take a part of it away, and the file is relative to the rest: what of that no file holds
+_LOST_STARTS = {
+    "pissa_niter": "its random numbers", "corda": "the data it was given", "lora_ga": "the data it was given",
+    "loftq": "the quantised weights themselves",
+}
+_CONVERT = ("Where it was trained, PEFT can make plain LoRA of it: model.save_pretrained(…, "
+            "path_initial_model_for_weight_conversion=…)")
+_MERGE = "Where it was trained, merge it into the base (model.merge_and_unload()), and use that model instead"
 
 
 class LoraFiles(FileType):
@@ -53,11 +61,16 @@ class LoraFiles(FileType):
         return hf_lora_write.config(draft)
 
     def check(self, config: Mapping[str, Any]) -> None:
-        if config["init_lora_weights"] not in _PLAIN_STARTS:
-            raise VeneerError(f"adapter_config.json: init_lora_weights={config['init_lora_weights']!r} changed the "
-                              "base weights when training began, and this file is relative to the changed ones. "
-                              "Convert it with PEFT: "
-                              "model.save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+        start = config["init_lora_weights"]
+        if start in _PLAIN_STARTS or hf_lora_read.restart(config) is not None:
+            return
+        lost = next((what for name, what in _LOST_STARTS.items() if str(start).lower().startswith(name)), None)
+        if lost is None:
+            known = [str(name) for name in (*_PLAIN_STARTS, *hf_lora_read.RESTARTS, *_LOST_STARTS)]
+            raise VeneerError(f"adapter_config.json: unknown init_lora_weights={start!r}{nearest(str(start), known)}")
+        raise VeneerError(f"adapter_config.json: init_lora_weights={start!r} changed the base weights when training "
+                          "began, and this file is relative to the changed ones. They cannot be made again without "
+                          f"{lost}, which it does not hold. {_MERGE if start == 'loftq' else _CONVERT}")
 
     def read(self, reading: Reading, key: str, name: str, tensor: Tensor) -> bool:
         return hf_lora_read.read(reading, key, name, tensor)

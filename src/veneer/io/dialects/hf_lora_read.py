@@ -19,16 +19,24 @@ from veneer.methods import DoRA, LoRA
 _MATRIX_PARTS = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias",
                  "magnitude": "lora_magnitude_vector"}
 _EMBEDDING_PARTS = {"A": "lora_embedding_B", "B": "lora_embedding_A"}
+#: starts that took a part of the base away which can be found again from the base alone: PEFT does so at each load
+RESTARTS = {"pissa": ("linear", "conv1d"), "olora": ("linear",)}
 _HEAD_PARTS = {"lora_A.weight": "A", "lora_B.weight": "B"}
 _LORA_KEY = re.compile(r"(?P<path>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
                        r"lora_magnitude_vector)(?P<tail>\.weight|\.bias|)")
+
+
+def restart(config: Mapping[str, Any]) -> str | None:
+    """The start that must be made again for a file, since its tensors are relative to what that left of the base."""
+    name = str(config["init_lora_weights"]).lower()
+    return name if name in RESTARTS else None
 
 
 def method_for(config: Mapping[str, Any], name: str, dora: bool, bias: bool) -> Method:
     """The method that a checked config means for the module or parameter `name`."""
     rank = pattern_value(config["rank_pattern"], name, config["r"])
     alpha = pattern_value(config["alpha_pattern"], name, config["lora_alpha"])
-    init = "gaussian" if config["init_lora_weights"] == "gaussian" else "kaiming"
+    init = restart(config) or ("gaussian" if config["init_lora_weights"] == "gaussian" else "kaiming")
     inner = LoRA(rank=rank, alpha=alpha, rank_stabilized=bool(config["use_rslora"]),
                  dropout=config["lora_dropout"], init=init, bias=bias)
     return DoRA(inner) if dora else inner
@@ -65,6 +73,7 @@ def _read_low_rank(reading: Reading, key: str, path: str, part: str, tensor: Ten
     elif kind in ("attention", "parameter"):
         method = _without_dropout(method)  # as in PEFT, which adapts their weights and not their inputs
     _refuse(reading, site, method)
+    _refuse_restart(reading, site, kind)
     if len(site.spots) > 1 and kind != "embedding":
         reading.heads.setdefault(site.name, {})[_HEAD_PARTS.get(part, part)] = tensor
         return
@@ -95,6 +104,9 @@ def _put(reading: Reading, site: Site, kind: str, method: Method, part: str, ten
         reading.problems.append(f"unexpected: {key!r} on a weight of kind {kind}")
         return
     reading.put(site, method, _full_name(method, name), value, key)
+    if inner.start_rule.moves:
+        start = frozenset(_full_name(method, part) for part in ("start_A", "start_B"))
+        reading.record(site, method).restarted = start
 
 
 def _full_name(method: Method, part: str) -> str:
@@ -129,6 +141,15 @@ def _without_dropout(method: Method) -> Method:
     return dataclasses.replace(method, dropout=0.0) if isinstance(method, LoRA) else method
 
 
+def _refuse_restart(reading: Reading, site: Site, kind: str) -> None:
+    start = restart(reading.config)
+    if start is not None and (kind not in RESTARTS[start] or len(site.spots) > 1):
+        what = "a tied weight" if len(site.spots) > 1 else f"a weight of kind {kind}"
+        raise VeneerError(f"adapter_config.json: init_lora_weights={start!r} on {site.name!r}, {what}: what PEFT left "
+                          "of such a weight cannot be made again here. Where it was trained, PEFT can make plain LoRA "
+                          "of it: model.save_pretrained(…, path_initial_model_for_weight_conversion=…)")
+
+
 def _refuse(reading: Reading, site: Site, method: Method) -> None:
     if site.unusual:
         raise VeneerError(f"{site.name!r} is a convolution with {', '.join(site.unusual)}; PEFT's LoRA on it has no "
@@ -155,6 +176,7 @@ def _target_parameters(reading: Reading) -> dict[str, list[Site]]:
 
 def _read_parameter(reading: Reading, key: str, site: Site, part: str, tensor: Tensor) -> None:
     method = _without_dropout(method_for(reading.config, site.spots[0].path, dora=False, bias=False))
+    _refuse_restart(reading, site, "parameter")
     assert isinstance(method, LoRA)
     batch = site.layout.shape.batch
     experts = batch[0] if batch else 1

@@ -18,6 +18,9 @@ from veneer.methods import DoRA, LoRA
 def place(draft: Draft, records: Sequence[Record]) -> None:
     """Which modules and parameters PEFT is to target, and thereby how it will wrap them; then their tensors."""
     for record in records:
+        if record.method.moves_base:
+            raise Inexpressible(f"the start of {record.method} rewrote the base weight {record.name!r}, and PEFT would "
+                                "lay the adapter over the base as it was")
         site = draft.base.sites[record.name]
         for spot in _spots(draft, site, record):
             if spot.kind in ("linear", "conv1d", "conv", "embedding"):
@@ -158,6 +161,9 @@ def _alpha(method: LoRA, stabilized: bool) -> float:
 
 def _dropout(draft: Draft) -> float:
     rates = Counter(method.dropout for method in draft.methods.values())
+    outputs = {method.dropout for method in draft.methods.values() if method.dropout_on == "output"} - {0.0}
+    if outputs:
+        draft.notes.append(f"PEFT's lora_dropout is of inputs; that of outputs here ({min(outputs)}) is in veneer.json")
     if draft.parameters and set(rates) != {0.0}:
         draft.notes.append("lora_dropout is 0 in adapter_config.json, since PEFT has none for target_parameters; "
                            "veneer.json keeps the real ones")
