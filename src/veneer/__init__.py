@@ -12,12 +12,12 @@ from veneer.kbit import prepare_for_kbit_training
 from veneer.merge import merge, unmerge
 from veneer.methods import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
 from veneer.plan import plan
-from veneer.quantize import quantize
+from veneer.quantize import dequantize, quantize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoRA", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "RandLoRA", "Rows", "VBLoRA", "VeRA", "activate", "adapters",
-    "attach", "combine", "detach", "disabled", "info", "load", "merge", "plan", "prepare_for_kbit_training", "quantize",
-    "route", "save", "to_lora", "trainable", "unmerge", "update_and_allocate",
+    "attach", "combine", "dequantize", "detach", "disabled", "info", "load", "merge", "plan",
+    "prepare_for_kbit_training", "quantize", "route", "save", "to_lora", "trainable", "unmerge", "update_and_allocate",
 ]

@@ -1,4 +1,4 @@
-"""quantize: hold a model's linear weights in fewer bits, in place, before adapters are laid over them."""
+"""quantize: hold a model's linear weights in fewer bits, in place, before adapters are laid over them; dequantize."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 from veneer.hosts import Host
 from veneer.method import VeneerError, nearest
 from veneer.plan import Pattern, hits, no_hit
-from veneer.storage import STORAGES, Storage
+from veneer.storage import STORAGES, Storage, packed_storage
+from veneer.storage.recent import RECENT
 from veneer.weights import Weight, base_modules, scan
 
 
@@ -74,6 +75,25 @@ def quantize(model: nn.Module, scheme: str = "nf4", targets: Pattern | Sequence[
     if not done:
         raise VeneerError("quantize: nothing to quantise here. " + "; ".join(skipped[:3]))
     return QuantizeReport(scheme, done, before, after, tuple(skipped))
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> int:
+    """Hold packed weights as ordinary numbers again, in the dtype that they are read as, in place; returns how many.
+
+    What quantising lost stays lost. Raises `VeneerError` where adapters are on the model: merge or detach them first.
+    """
+    if any(isinstance(module, Host) for _, module in base_modules(model)):
+        raise VeneerError("dequantize: this model has adapters; merge them for good (veneer.merge(model, keep=False)) "
+                          "and detach them first")
+    done = 0
+    for _, module in list(base_modules(model)):
+        storage = packed_storage(module)
+        if storage is not None:
+            module.__class__ = storage.unpack(module, storage.read(module))
+            RECENT.forget(module)
+            done += 1
+    return done
 
 
 def _chosen(model: nn.Module, targets: Pattern | Sequence[Pattern] | None) -> list[Weight]:
