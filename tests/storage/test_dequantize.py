@@ -39,7 +39,7 @@ def test_the_numbers_are_those_that_were_read(scheme: str, dtype: torch.dtype) -
 def test_after_a_merge_for_good_the_rest_follows() -> None:
     model = net()
     veneer.quantize(model, "nf4")
-    veneer.attach(model, {"0": LoRA(rank=2)})
+    veneer.attach(model, {"0": LoRA(rank=2), "2": None})
     with pytest.raises(VeneerError, match=r"this model has adapters; merge them for good .*keep=False"):
         veneer.dequantize(model)
     veneer.merge(model, keep=False)
