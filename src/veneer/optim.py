@@ -130,8 +130,8 @@ def _pair(item: Attached) -> Factors:
     if not isinstance(form, Factors) or form.mid is not None or form.out is not None or not all(
             isinstance(side, nn.Parameter) for side in (form.A, form.B)):
         raise VeneerError(f"lora_fa: {adapter.method} on {weight.name!r} is no pair ΔW = s·B·A of trained matrices, so "
-                          "there is no A to freeze; it is for LoRA(…) and DoRA(LoRA(…)). To train only some of "
-                          "several adapters, give a name")
+                          "there is no A to freeze; it is for LoRA(…) and DoRA(LoRA(…)), with residual=\"base\" where "
+                          "their start is not zero. To train only some of several adapters, give a name")
     if form.scale == 0:
         raise VeneerError(f"lora_fa: {adapter.method} on {weight.name!r} has a scale of zero")
     return form

@@ -83,7 +83,7 @@ class OLoRA(Init):
         _check("olora", weight, 1.0)
         # The first r columns of Q depend on the first r columns of W alone.
         Q, R = torch.linalg.qr(weight[:, :rank])
-        Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+        Q = Q * _sign(R.diagonal())
         return Started(Q.mT @ weight, Q)
 
 
@@ -107,8 +107,7 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, scale: float, generator: torch.Ge
 
     Where a singular value is zero, A is drawn as "kaiming" does and B is zero, so that it can learn.
     """
-    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0)
+    sign = _sign(Vh.gather(1, Vh.abs().argmax(1, keepdim=True)))
     root = (S / abs(scale)).sqrt()
     A = root.unsqueeze(1) * sign * Vh
     B = U * sign.squeeze(1) * (root * math.copysign(1, scale))
@@ -117,6 +116,10 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor, scale: float, generator: torch.Ge
         A[nothing] = Kaiming().draw(A.shape, generator).to(A)[nothing]
         B[:, nothing] = 0
     return A, B
+
+
+def _sign(tensor: Tensor) -> Tensor:
+    return torch.copysign(torch.ones_like(tensor), tensor)
 
 
 def _too_many(name: str, shape: Shape, rank: int) -> str | None:
