@@ -100,6 +100,11 @@ class Storage:
         """Put what `encode` gave into the module; returns what was there, for another `swap`."""
         raise VeneerError(f"a weight held as {self.name} cannot be quantised again; merge it into dense numbers")
 
+    def takes(self, module: nn.Module, held: Any) -> bool:
+        """Whether the module can hold this encoded matrix, which a start gives (`veneer.storage.normal_float`), as it
+        is."""
+        return False
+
     def unpack(self, module: nn.Module, weight: Tensor) -> type[nn.Module]:
         """Take away what holds the packed weight and give the module an ordinary parameter `weight`; returns the class
         that the module's own class is to be from now on."""
@@ -135,7 +140,7 @@ def make_plain(module: Any, weight: Tensor, size: tuple[int, int], drop: Iterabl
     weight: (out, in), of `size`. A bias that was no parameter becomes one, in the weight's dtype."""
     bias = module.bias
     for name in ("bias", *drop):
-        for held in (module.__dict__, module._parameters, module._buffers):
+        for held in (module.__dict__, module._parameters, module._buffers, module._modules):
             held.pop(name, None)
     module._non_persistent_buffers_set.difference_update(drop)
     if bias is not None and not isinstance(bias, nn.Parameter):
