@@ -44,8 +44,9 @@ def quantize(model: nn.Module, scheme: str = "nf4", targets: Pattern | Sequence[
     """Hold linear weights as `scheme`, in place; every linear weight but the output head, or what `targets` name.
 
     scheme: "nf4", "nf2", "nf8" (ours, in plain PyTorch; options: block=64, double=True), or one of a library's, such as
-    "bnb-nf4", "bnb-int8", "torchao-int8" (see `schemes()`). Only what is exactly an `nn.Linear` and is not tied is
-    packed; the report says what was left. The weights' own numbers are gone afterwards.
+    "bnb-nf4", "bnb-int8", "torchao-int8", "hqq-4", "gguf-q8_0" (see docs/quantised.md and `schemes()`).
+    Only what is exactly an `nn.Linear`, not tied and of a fitting size is packed; the report says what was left. The
+    weights' own numbers are gone afterwards.
 
     Raises `VeneerError` for an unknown scheme or option, a pattern that hits no linear weight, a missing library, or a
     model that has adapters: quantise first, then attach.
@@ -60,14 +61,14 @@ def quantize(model: nn.Module, scheme: str = "nf4", targets: Pattern | Sequence[
     done, skipped, before, after = 0, [], 0, 0
     storage.check(scheme, options)
     for weight in chosen:
-        reason = _refusal(weight)
+        reason = _refusal(weight) or storage.unfit(scheme, weight.places[0].module, options)
         if reason is not None:
             skipped.append(f"{weight.name!r}: {reason}")
             continue
         place = weight.places[0]
         before += _bytes(place.module)
         made = storage.pack(scheme, place.module, options)
-        after += _bytes(made)
+        after += storage.nbytes(made)
         if made is not place.module:
             parent, _, child = place.module_name.rpartition(".")
             setattr(model.get_submodule(parent), child, made)

@@ -56,8 +56,8 @@ class TorchaoWeights(Storage):
             check_positive_int("quantize", "group_size", options["group_size"])
         library("torchao.quantization", "torchao")
         if scheme == "torchao-int4" and importlib.util.find_spec("mslk") is None:
-            raise VeneerError("quantize: torchao packs int4 weights with mslk, a library for GPUs that is not installed "
-                              "(pip install mslk); without it use \"nf4\" or \"bnb-nf4\"")
+            raise VeneerError("quantize: torchao packs int4 weights with mslk, a library for GPUs that is not "
+                              "installed (pip install mslk); without it use \"nf4\" or \"bnb-nf4\"")
 
     def unfit(self, scheme: str, module: Any, options: Mapping[str, Any]) -> str | None:
         group = options.get("group_size", 128 if scheme == "torchao-int4" else None)
