@@ -202,6 +202,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             lift(host)
     if moved:
         warnings.warn(f"detach: the start of {' and '.join(sorted(moved))} rewrote the base weights it lay on, and "
+            host.veneer.off.discard(each)
                       "they stay as it left them", VeneerWarning, stacklevel=2)
     for route in known:
         if not route.hosts:

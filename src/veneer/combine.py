@@ -123,11 +123,11 @@ def _source(parts: list[Part], change: Change) -> Source:
     dtype = own_dtype(adapters[0])
     for adapter in adapters[1:]:
         dtype = torch.promote_types(dtype, own_dtype(adapter))
-    dropouts = {adapter.dropout for adapter in adapters}
+    dropouts = {(adapter.dropout, adapter.dropout_on) for adapter in adapters}
     bias = sum(biases[1:], biases[0]).to(dtype) if biases else None
     return Source(change, max(part.eps for part in parts), dtype, size_of(adapters),
                   " + ".join(str(adapter.method) for adapter in adapters), bias,
-                  dropouts.pop() if len(dropouts) == 1 else 0.0)
+                  *(dropouts.pop() if len(dropouts) == 1 else ()))
 
 
 # -- on ΔW itself -------------------------------------------------------------------------------------------

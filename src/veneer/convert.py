@@ -160,6 +160,7 @@ class Source(NamedTuple):
     was: str
     bias: Tensor | None = None
     dropout: float = 0.0
+    dropout_on: str = "input"
 
 
 class Piece(NamedTuple):
@@ -227,7 +228,7 @@ def made(weight: Weight, source: Source, pair: tuple[Tensor, Tensor], tail: floa
         raise VeneerError(f"{doing}: factors of the change of {weight.name!r} are too large for {source.dtype}; "
                           "nothing was changed")
     default = torch.promote_types(weight.dtype, torch.float32)
-    method = LoRA(rank=A.shape[-2], dropout=source.dropout, bias=source.bias is not None,
+    method = LoRA(rank=A.shape[-2], dropout=source.dropout, dropout_on=source.dropout_on, bias=source.bias is not None,
                   dtype=None if source.dtype == default else source.dtype)
     error = math.sqrt((tail + moved(pair, (B, A))) / square) if square else 0.0
     line = LoRAWeight(weight.name, source.was, A.shape[-2], min(shape.out, shape.in_), error, math.sqrt(square))
@@ -321,14 +322,14 @@ def _converted(weight: Weight, adapter: Adapter, rank: Rank, extract: bool) -> P
     change = adapter.new_weight(matrix).to(matrix.dtype) - matrix
     _check_finite([change], weight, "to_lora")
     source = Source(change, noise(*adapter.parameters()), own_dtype(adapter), size_of([adapter]), str(method),
-                    adapter.bias_delta(), adapter.dropout)
+                    adapter.bias_delta(), adapter.dropout, adapter.dropout_on)
     return piece_of(weight, source, rank, "to_lora")
 
 
 def _additive(weight: Weight, adapter: Adapter, method: Method, rank: Rank) -> Piece:
     change, eps = change_of(adapter, weight, "to_lora")
     source = Source(change, eps, own_dtype(adapter), size_of([adapter]), str(method), adapter.bias_delta(),
-                    adapter.dropout)
+                    adapter.dropout, adapter.dropout_on)
     piece = piece_of(weight, source, rank, "to_lora")
     assert piece.line is not None
     if isinstance(method, LoRA) and piece.line.rank >= method.rank:

@@ -152,6 +152,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.shape = shape
         self.dropout = dropout
+        self.dropout_on = "input"  # or "output": of what the adapter puts out, elements are dropped
         self.method: Method | None = None  # what this was built from, set by `attach`
         self.seed_key = ""
         self.pending = False  # `start` still owed, because the weight was on the meta device

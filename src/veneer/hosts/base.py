@@ -71,7 +71,9 @@ class HostState:
         self.route = route
         self.layouts: dict[str, Layout] = {}
         self.merged: tuple[str, ...] = ()
-        self.kept: dict[str, Tensor | None] = {}  # the base's own values while merged; None = had no such bias
+        self.off: set[str] = set()  # adapters that are not live here, whatever the route says
+        # The base's own values while merged: a tensor, what a storage holds, or None where there was no such bias.
+        self.kept: dict[str, Any] = {}
         self.dense: Tensor | None = None  # the merged weight of a packed layer
         self.moved: dict[str, str] = {}  # parameters of which a start took a part away, and which start
         self.shown: dict[str, Tensor] | None = None  # adapted weights, only while this module's forward runs
@@ -117,7 +119,7 @@ class Host(nn.Module):
         return self.veneer.route
 
     def _watch_recompute(self, state: HostState) -> None:
-        signature = state.route.signature
+        signature = (state.route.signature, frozenset(state.off))
         if torch._C._current_graph_task_id() == -1:  # an ordinary forward
             if state.recomputed:
                 state.seen[True].clear()
@@ -152,7 +154,7 @@ class Host(nn.Module):
             names = () if state.route.disabled else state.route.live
         found = []
         for name in names:
-            if name is None or name in state.merged or name not in self.adapters:
+            if name is None or name in state.merged or name in state.off or name not in self.adapters:
                 continue
             slots = self.adapters[name]
             if param in slots:  # type: ignore[operator]
@@ -267,7 +269,9 @@ class Host(nn.Module):
         keep = adapter.keep() if self.training else None
         if astray and (gain is not None or (keep is not None and keep.numel() > 1)):
             return None
-        return Term(form, adapter.dropout if self.training else 0.0, gain, adapter.bias_delta(), rows, keep)
+        rate = adapter.dropout if self.training else 0.0
+        dropout, out_dropout = (rate, 0.0) if adapter.dropout_on == "input" else (0.0, rate)
+        return Term(form, dropout, gain, adapter.bias_delta(), rows, keep, out_dropout)
 
 
 def _new_weight(adapter: Adapter, base: Tensor, dropping: bool) -> Tensor:

@@ -49,6 +49,8 @@ class ConvHost(TensorHost):
             added = self._small(x, weight, term)
             if term.keep is not None:
                 added = added * term.keep.to(added.dtype).reshape(spread)
+            if term.out_dropout:
+                added = F.dropout(added, term.out_dropout)
             gain = None if term.gain is None else term.gain.reshape(spread)
             added = finish_term(added.to(base.dtype), base, base_bias, term, gain)
             if term.bias is not None:

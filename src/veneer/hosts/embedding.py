@@ -81,6 +81,8 @@ class EmbeddingHost(TensorHost):
                 added = added * F.dropout(torch.ones(*x.shape, 1, dtype=added.dtype, device=x.device), term.dropout)
             if term.keep is not None:
                 added = added * term.keep.to(added.dtype)
+            if term.out_dropout:
+                added = F.dropout(added, term.out_dropout)
             added = finish_term(added, base, None, term, term.gain)
             if cast(Any, self).padding_idx is not None:  # the row of the padding is never trained, by no parameter
                 added = torch.where((x == cast(Any, self).padding_idx).unsqueeze(-1), added.detach(), added)

@@ -120,6 +120,7 @@ class DoRAAdapter(Adapter):
 
     def __init__(self, inner: Adapter, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__(shape, inner.dropout)
+        self.dropout_on = inner.dropout_on
         self.inner = inner
         wide = torch.promote_types(dtype, torch.float32)
         outputs = shape.in_ if shape.lookup else shape.out

@@ -48,7 +48,8 @@ class LoRA(Method):
     starts by a decomposition of W.
     alpha: scale is alpha/rank; None means alpha = rank, a scale of 1.
     rank_stabilized: scale is alpha/√rank instead.
-    dropout: probability of zeroing an input element on the adapter's path, in training mode only.
+    dropout: probability of zeroing an element on the adapter's path, in training mode only.
+    dropout_on: elements of what: "input", x of s·B·A·x as usual, or "output", all of s·B·A·x (as in NeMo).
     dtype: of the adapter's parameters, or its name; None = fp32 over a 16-bit base, else the base's.
     init: what A and B start from: a name ("kaiming", "pissa", "torch.nn.init.xavier_normal_", …), a start with options
     (`veneer.inits`), or a mapping of them ({"init": "loftq", "bits": 4}). See docs/inits.md.
@@ -58,11 +59,12 @@ class LoRA(Method):
     bias: also train an addition to the layer's bias (starts at zero).
     """
 
-    training_only = (*Method.training_only, "residual")
+    training_only = (*Method.training_only, "dropout_on", "residual")
     rank: int = 8
     alpha: float | None = None
     rank_stabilized: bool = False
     dropout: float = 0.0
+    dropout_on: str = "input"
     dtype: torch.dtype | None = None
     init: str | Init | Mapping[str, Any] = "kaiming"
     residual: str = "exact"
@@ -72,6 +74,7 @@ class LoRA(Method):
         check_positive_int("LoRA", "rank", self.rank)
         check_number("LoRA", "dropout", self.dropout)
         check_probability("LoRA", "dropout", self.dropout)
+        check_choice("LoRA", "dropout_on", self.dropout_on, ("input", "output"))
         start = make_init(self.init, "LoRA")
         object.__setattr__(self, "init", start.short() or start)
         check_choice("LoRA", "residual", self.residual, ("exact", "base"))
@@ -166,6 +169,7 @@ class LoRAAdapter(Adapter):
 
     def __init__(self, method: LoRA, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__(shape, method.dropout)
+        self.dropout_on = method.dropout_on
         self.scale = method.scale
         self.rank = method.rank
         self.rule = rule = method.start_rule

@@ -62,6 +62,8 @@ def choose(x: Tensor | None, weight: Tensor, terms: Sequence[Term], packed: bool
         return Choice("reference", "a row gain (DoRA) for some rows of the batch only")
     if len({term.dropout for term in terms}) > 1:
         return Choice("reference", "live adapters with different dropout")
+    if any(term.out_dropout for term in terms) and (len(terms) > 1 or isinstance(terms[0].form, Kronecker)):
+        return Choice("reference", "dropout on the output of an adapter that is a Kronecker product or not alone")
     if any(isinstance(term.form, Kronecker) for term in terms):
         if len(terms) > 1:
             return Choice("reference", "several live adapters, one of them a Kronecker product")
@@ -84,7 +86,9 @@ def _spreads(x: Tensor, weight: Tensor, term: Term) -> bool:
 
     Only in fp32 and wider: in 16 bit W' would round away a ΔW that the products keep.
     """
-    if not isinstance(term.form, Factors) or term.dropout or term.rows is not None or x.dtype.itemsize < 4:
+    if not isinstance(term.form, Factors) or term.rows is not None or x.dtype.itemsize < 4:
+        return False
+    if term.dropout or term.out_dropout:
         return False
     form = term.form
     rank, rows, (out, in_) = _rank(term), x.shape[:-1].numel(), weight.shape
@@ -130,9 +134,10 @@ def _autocasts(x: Tensor, weight: Tensor) -> bool:
 
 def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term], op: str,
            again: Callable[[], Tensor] | None) -> Tensor:
-    p = terms[0].dropout
+    p, q = terms[0].dropout, terms[0].out_dropout
     flat = x.reshape(-1, x.shape[-1])
-    run = Run(1.0, Dropped(p, flat.shape, flat.device) if p else None, _row_mask(x, terms))
+    run = Run(1.0, Dropped(p, flat.shape, flat.device) if p else None, _row_mask(x, terms),
+              Dropped(q, torch.Size((len(flat), weight.shape[0])), flat.device) if q else None)
     side: Side
     tensors: tuple[Tensor | None, ...]
     form = terms[0].form
@@ -145,8 +150,9 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]
         if op == "dense":
             pair = pair.folded()
             side, tensors = Dense, (pair.A, pair.B)
-    if run.dropped is not None:
-        run.scale *= run.dropped.scale
+    for dropped in (run.dropped, run.out_dropped):
+        if dropped is not None:
+            run.scale *= dropped.scale
     for term in terms:
         if term.bias is not None and term.rows is None:
             bias = term.bias.to(x.dtype) if bias is None else bias + term.bias.to(bias.dtype)

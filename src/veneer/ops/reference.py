@@ -30,6 +30,8 @@ def contribution(x: Tensor, base: Tensor, bias: Tensor | None, term: Term) -> Te
     added = term.form.apply(inner)
     if term.keep is not None:
         added = added * term.keep.to(added.dtype)
+    if term.out_dropout:
+        added = F.dropout(added, term.out_dropout)
     if term.gain is not None:
         added = with_gain(added, base, bias, term.gain)
     if term.bias is not None:

@@ -30,11 +30,13 @@ Kept = tuple[Tensor | None, ...]
 
 @dataclass(eq=False)
 class Run:
-    """One call: the factor s of ΔW, dropout on x, and (m, r) or (m, 1) of 0/1 for routed rows."""
+    """One call: the factor s of ΔW, dropout on x, (m, r) or (m, 1) of 0/1 for routed rows, and dropout on what a pair
+    puts out."""
 
     scale: float
     dropped: Dropped | None = None
     row_mask: Tensor | None = None
+    out_dropped: Dropped | None = None
 
     def inner(self, x: Tensor) -> Tensor:
         """What the adapter sees of x, unscaled."""
@@ -60,7 +62,9 @@ class LowRank:
                 mid: Tensor | None, out: Tensor | None) -> tuple[Tensor, Kept]:
         S = run.inner(x) @ A.to(x.dtype).mT
         scaled = run.on_small(S if mid is None else S * mid.to(x.dtype))
-        if out is None:
+        if run.out_dropped is not None:
+            y, low = LowRank._dropped(run.out_dropped, scaled, bias, B, out)
+        elif out is None:
             y, low = _start(bias, scaled, B.to(x.dtype).mT), None
         else:
             low, factor = scaled @ B.to(x.dtype).mT, out.to(x.dtype)
@@ -70,10 +74,18 @@ class LowRank:
         return y.addmm_(x, weight.to(x.dtype).mT), kept
 
     @staticmethod
+    def _dropped(dropped: Dropped, scaled: Tensor, bias: Tensor | None, B: Tensor,
+                 out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        low = scaled @ B.to(scaled.dtype).mT
+        y = dropped.zero_(low if out is None else low * out.to(low.dtype))
+        return y if bias is None else y.add_(bias.to(y.dtype)), None if out is None else low
+
+    @staticmethod
     def backward(run: Run, needs: Sequence[bool], dy: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor,
                  mid: Tensor | None, out: Tensor | None, S: Any, low: Any) -> tuple[Tensor | None, Gradients]:
         need_x, need_A, need_B, need_mid, need_out = needs
         d_A = d_B = d_mid = d_out = d_x = inner = None
+        whole, dy = dy, dy if run.out_dropped is None else run.out_dropped.apply(dy)
         if need_out and out is not None:
             d_out = _column_dots(dy, low).to(out.dtype)
         if need_B:
@@ -93,7 +105,7 @@ class LowRank:
         if d_x is not None:
             if run.dropped is not None:
                 run.dropped.zero_(d_x)
-            d_x.addmm_(dy, weight.to(dy.dtype))
+            d_x.addmm_(whole, weight.to(dy.dtype))
         return d_x, (d_A, d_B, d_mid, d_out)
 
 
