@@ -86,8 +86,9 @@ def fingerprint(weights: list[Weight], methods: Mapping[str, Method]) -> Fingerp
     return made
 
 
-def compare(saved: Fingerprint, weights: list[Weight]) -> list[str]:
-    """What is different about another base, one sentence each; empty when it is the same."""
+def compare(saved: Fingerprint, weights: list[Weight], made: str = "this adapter was trained on") -> list[str]:
+    """What is different about another base, one sentence each; empty when it is the same. made: for the message, what
+    the saved one is to what it was saved with."""
     here = {weight.name: weight for weight in weights}
     out = []
     for name, then in saved.samples.items():
@@ -98,7 +99,7 @@ def compare(saved: Fingerprint, weights: list[Weight]) -> list[str]:
         if now.shape != then.shape:
             out.append(f"base weight {name!r} is {now.shape} here and was {then.shape}")
         elif not _same(then, now):
-            out.append(f"base weight {name!r} has other values than the one this adapter was trained on")
+            out.append(f"base weight {name!r} has other values than the one {made}")
     return out
 
 
