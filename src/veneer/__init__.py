@@ -13,11 +13,13 @@ from veneer.merge import merge, unmerge
 from veneer.methods import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
 from veneer.plan import plan
 from veneer.quantize import dequantize, quantize
+from veneer.refit import replace_lora_weights_loftq
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoRA", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "RandLoRA", "Rows", "VBLoRA", "VeRA", "activate", "adapters",
     "attach", "combine", "dequantize", "detach", "disabled", "info", "load", "merge", "plan",
-    "prepare_for_kbit_training", "quantize", "route", "save", "to_lora", "trainable", "unmerge", "update_and_allocate",
+    "prepare_for_kbit_training", "quantize", "replace_lora_weights_loftq", "route", "save", "to_lora",
+    "trainable", "unmerge", "update_and_allocate",
 ]

@@ -62,6 +62,7 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
     made = portioned(rules if isinstance(rules, Plan) else plan_warning(model, rules), statistics)
     _no_adapters_on_moved(made)
     adapters = _build(made, seed, statistics or {})
+    _no_packed_moved(made, [base for _, base in adapters])
     known = routes(model)
     route = known[0] if known else Route()
     for entry, (adapter, base) in zip(made.entries, adapters, strict=True):
@@ -112,11 +113,22 @@ def _no_adapters_on_moved(made: Plan) -> None:
                                       "on which another adapter lies already; detach that one first")
 
 
+def _no_packed_moved(made: Plan, bases: Sequence[NewBase | None]) -> None:
+    """What a start made of a packed weight must be held as it is: packing it once more would round it again."""
+    for entry, base in zip(made.entries, bases, strict=True):
+        storage, module = entry.weight.storage, entry.weight.places[0].module
+        if base is not None and storage is not None and not storage.takes(module, base.packed):
+            raise VeneerError(f"attach: the start of {entry.method} rewrites the base weight, and {entry.name!r} is "
+                              f"held as {storage.name} already, which would round what it writes. Load the model in "
+                              "ordinary numbers, or attach with a plain start and then use "
+                              "veneer.replace_lora_weights_loftq(model, originals)")
+
+
 def _rebase(place: Place, base: NewBase) -> type[Host]:
     """Write what a start made of the base weight; returns the host for the layer as it is then."""
     module, storage = place.module, place.storage
     if storage is not None:
-        storage.swap(module, storage.encode(module, base.matrix) if base.packed is None else base.packed)
+        storage.swap(module, base.packed)
         RECENT.forget(module)
         return place.host
     stored = module._parameters[place.param]
@@ -190,6 +202,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for host in found:
         host.veneer.merged = tuple(n for n in host.veneer.merged if n not in names)
         for each in names:
+            host.veneer.off.discard(each)
             if each in host.adapters:
                 del host.adapters[each]
     for route in known:
@@ -202,7 +215,6 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             lift(host)
     if moved:
         warnings.warn(f"detach: the start of {' and '.join(sorted(moved))} rewrote the base weights it lay on, and "
-            host.veneer.off.discard(each)
                       "they stay as it left them", VeneerWarning, stacklevel=2)
     for route in known:
         if not route.hosts:

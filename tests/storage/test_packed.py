@@ -322,3 +322,13 @@ def test_a_weight_nobody_can_read() -> None:
     model["up"] = nn.Linear(4, 8)
     with pytest.warns(veneer.method.VeneerWarning, match="left alone: 'proj' is a Foreign"):
         assert [e.name for e in veneer.plan(model, LoRA()).entries] == ["up"]
+
+
+def test_a_start_that_rewrites_a_weight_which_is_packed_already() -> None:
+    model, _ = packed_and_dense()
+    before = model.up.read()
+    for method in (LoRA(rank=2, init="pissa", residual="base"), LoRA(rank=2, init={"init": "loftq", "bits": 2})):
+        with pytest.raises(VeneerError, match="'up' is held as nf2, nf4, nf8 already, which would round"):
+            veneer.attach(model, {"up": method})
+    assert torch.equal(model.up.read(), before)
+    assert type(model.up) is PackedLinear

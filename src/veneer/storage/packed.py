@@ -122,6 +122,9 @@ class Packed(Storage):
         module.hold(held)
         return before
 
+    def takes(self, module: Any, held: Any) -> bool:
+        return isinstance(held, NormalFloat) and held.bits == module.packed_bits
+
     def unpack(self, module: Any, weight: Tensor) -> type[nn.Module]:
         for name in ("weight_scales", "weight_outer"):
             del module._buffers[name]
