@@ -55,7 +55,7 @@ class LoRA(Method):
     (`veneer.inits`), or a mapping of them ({"init": "loftq", "bits": 4}). See docs/inits.md.
     residual: where the start is not zero, "exact" keeps the base as it is and subtracts the starting pair in the
     adapter, so that the model's output is unchanged bit for bit; "base" writes W − s·B₀·A₀ over the base weight,
-    rounded to its dtype.
+    rounded to its dtype; "none" subtracts it nowhere: the output begins changed by s·B₀·A₀·x.
     bias: also train an addition to the layer's bias (starts at zero).
     """
 
@@ -77,7 +77,7 @@ class LoRA(Method):
         check_choice("LoRA", "dropout_on", self.dropout_on, ("input", "output"))
         start = make_init(self.init, "LoRA")
         object.__setattr__(self, "init", start.short() or start)
-        check_choice("LoRA", "residual", self.residual, ("exact", "base"))
+        check_choice("LoRA", "residual", self.residual, ("exact", "base", "none"))
         if self.alpha is not None:
             check_number("LoRA", "alpha", self.alpha, also=" or None")
         check_bool("LoRA", "rank_stabilized", self.rank_stabilized)
@@ -157,7 +157,9 @@ class LoRA(Method):
         return None if pair is None else {**tensors, **start, "A": pair[0], "B": pair[1]}
 
     def unmoved(self) -> Method:
-        return dataclasses.replace(self, residual="exact") if self.start_rule.moves else self
+        if self.residual == "none" or not self.start_rule.moves:
+            return self
+        return dataclasses.replace(self, residual="exact")
 
 
 class LoRAAdapter(Adapter):
@@ -178,7 +180,7 @@ class LoRAAdapter(Adapter):
         self.A = nn.Parameter(torch.empty(*shape.batch, method.rank, shape.in_, dtype=dtype))
         self.B = nn.Parameter(torch.empty(*shape.batch, shape.out, method.rank, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(*shape.batch, shape.out, dtype=dtype)) if method.bias else None
-        carried = rule.moves and not rule.rebases
+        carried = rule.moves and not rule.rebases and method.residual != "none"
         for name, pair in (("start_A", self.A), ("start_B", self.B)):
             self.register_buffer(name, torch.empty_like(pair, requires_grad=False) if carried else None)
 
