@@ -148,7 +148,7 @@ class LoRA(Method):
 
     def regained(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
         if "start_A" not in own:
-            return tensors
+            return None if "start_A" in tensors else tensors
         start = {name: own[name] for name in ("start_A", "start_B")}
         if "start_A" in tensors:
             same = all(torch.equal(tensors[name], tensor) for name, tensor in start.items())
