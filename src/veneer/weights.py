@@ -82,7 +82,7 @@ class Weight:
 def original(weight: Weight) -> Tensor | None:
     """The base's own values, also while something is merged into them; None when they are gone."""
     if weight.storage is not None:
-        return weight.read()
+        return _original_packed(weight, weight.storage)
     for place in weight.places:
         module = place.module
         if isinstance(module, Host):
@@ -93,6 +93,14 @@ def original(weight: Weight) -> Tensor | None:
     merged = any(isinstance(p.module, Host) and p.module.veneer.merged and not p.module.veneer.kept
                  and p.param in p.module.veneer.layouts for p in weight.places)
     return None if merged else weight.tensor
+
+
+def _original_packed(weight: Weight, storage: Storage) -> Tensor | None:
+    module = weight.places[0].module
+    if not isinstance(module, Host) or not module.veneer.merged or module.veneer.requantised is None:
+        return weight.read()
+    kept = module.veneer.kept.get("weight")
+    return None if kept is None else storage.decode(module, kept, storage.dtype(module))
 
 
 def moved(weight: Weight) -> bool:

@@ -20,6 +20,7 @@ from veneer.method import Adapter, Shape, VeneerError, VeneerWarning
 from veneer.ops import Term
 from veneer.route import Route
 from veneer.storage import dense
+from veneer.storage.requantise import Requantised
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class HostState:
         # The base's own values while merged: a tensor, what a storage holds, or None where there was no such bias.
         self.kept: dict[str, Any] = {}
         self.dense: Tensor | None = None  # the merged weight of a packed layer
+        self.requantised: tuple[float, float] | None = None  # ‖ΔW‖² of one that was packed again, and what was lost
+        self.kept_on: torch.device | None = None  # where that one lay
         self.moved: dict[str, str] = {}  # parameters of which a start took a part away, and which start
         self.shown: dict[str, Tensor] | None = None  # adapted weights, only while this module's forward runs
         self.read: set[str] = set()  # which of them that forward has asked for
@@ -176,8 +179,13 @@ class Host(nn.Module):
                               "cannot be done after the attach: load the base weights first, then attach")
         adapter.pending = False
 
-    def write(self, param: str, value: Tensor, keep: bool) -> None:
+    def requantised(self, param: str, adapters: Sequence[Adapter]) -> Requantised | None:
+        """A packed weight with these adapters in it, packed again, for `write`; None for a parameter that is none."""
+        return None
+
+    def write(self, param: str, value: Tensor | Requantised, keep: bool) -> None:
         """Put a merged value (stored layout) over the base's own, which is kept for `restore` where asked for."""
+        assert isinstance(value, Tensor)
         stored = self._parameters.get(param)
         before: Tensor | None = None
         if stored is None:  # an adapter's bias on a layer that had none
@@ -186,6 +194,10 @@ class Host(nn.Module):
             before = dense.swap(stored, value)
         if keep:
             self.veneer.kept[param] = before
+
+    def unrestorable(self) -> str | None:
+        """Why the base's own values, which were kept, cannot be put back now, or None."""
+        return None
 
     def restore(self, param: str) -> None:
         """Give the base its own value back."""
@@ -214,10 +226,10 @@ class Host(nn.Module):
         return self.veneer.layouts[param].matrix(self.base_weight(param))
 
     def adapted_weight(self, param: str, adapters: Sequence[Adapter], wide: bool = False,
-                       dropping: bool = False) -> Tensor:
+                       dropping: bool = False, base: Tensor | None = None) -> Tensor:
         """W + Σ (new_weight_i(W) − W) in the stored layout; `wide` computes and returns fp32 or wider; `dropping`
-        draws what is dropped of each ΔW in a training forward."""
-        base = self.base_matrix(param)
+        draws what is dropped of each ΔW in a training forward; `base`: W, where it was read already."""
+        base = self.base_matrix(param) if base is None else self.veneer.layouts[param].matrix(base)
         dtype = base.dtype
         if wide:
             dtype = torch.promote_types(dtype, torch.float32)
@@ -232,6 +244,12 @@ class Host(nn.Module):
         if not adapters:
             return self._parameters.get("bias")
         return self.adapted_weight("bias", adapters, dropping=self.training)
+
+    def added_bias(self, names: Sequence[str | None]) -> Tensor | None:
+        """What the weight's adapters add to the layer's bias (out,), in fp32 or wider, or None."""
+        deltas = [a.bias_delta() for a in self.live("weight", names)] if "weight" in self.veneer.layouts else []
+        found = [d.to(torch.promote_types(d.dtype, torch.float32)) for d in deltas if d is not None]
+        return torch.stack(found).sum(0) if found else None
 
     def explain(self, param: str) -> tuple[str, str]:
         """The path that parameter `param` takes under the route in force, and why."""

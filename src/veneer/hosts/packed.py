@@ -7,7 +7,7 @@ weights, and the adapters are added to what it gives. So it is, too, where that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,9 @@ from veneer.hosts.linear import LinearHost
 from veneer.method import Adapter, VeneerError
 from veneer.ops import Term
 from veneer.storage import Storage, packed_storage
+from veneer.storage.base import own_class
 from veneer.storage.recent import RECENT
+from veneer.storage.requantise import Requantised, requantise
 
 
 class PackedHost(LinearHost):
@@ -112,7 +114,17 @@ class PackedHost(LinearHost):
         return op, f"{why}; the weight ({self.storage.name}) is read for each product"
 
     # -- merging ----------------------------------------------------------------------------------------
-    def write(self, param: str, value: Tensor, keep: bool) -> None:
+    def requantised(self, param: str, adapters: Sequence[Adapter]) -> Requantised | None:
+        if param != "weight":
+            return None
+        storage = self.storage
+        # In fp32, whatever it is read as: rounding W to 16 bits first would move the scales of a weight that stays.
+        base = storage.read(self, torch.promote_types(storage.dtype(self), torch.float32))
+        return requantise(storage, self, base, self.adapted_weight(param, adapters, wide=True, base=base))
+
+    def write(self, param: str, value: Tensor | Requantised, keep: bool) -> None:
+        if isinstance(value, Requantised):
+            return self._write_packed(param, value, keep)
         if param == "bias" and self._parameters.get("bias") is None:
             return self._write_bias(value, keep)
         if param != "weight":
@@ -125,6 +137,14 @@ class PackedHost(LinearHost):
         self.become(base, LinearHost)
         return None
 
+    def _write_packed(self, param: str, value: Requantised, keep: bool) -> None:
+        before = self.storage.swap(self, value.held)
+        RECENT.forget(self)
+        self.veneer.requantised = (value.change, value.lost)
+        if keep:
+            self.veneer.kept[param] = before
+            self.veneer.kept_on = self.storage.carrier(self).device
+
     def _write_bias(self, value: Tensor, keep: bool) -> None:
         """A bias that is no parameter: of a layer that has none, or of a library that holds it in its own way."""
         before = self.storage.bias(self)
@@ -135,13 +155,37 @@ class PackedHost(LinearHost):
         else:
             cast(Any, self).bias = value
 
+    def unrestorable(self) -> str | None:
+        if "weight" not in self.veneer.kept or self.veneer.dense is not None:
+            return None
+        # What was kept is the storage's own affair, and did not move with the model.
+        then, now = self.veneer.kept_on, self.storage.carrier(self).device
+        return None if then == now else f"it was merged on {then} and is on {now} now; move the model back first"
+
     def restore(self, param: str) -> None:
         if param == "bias" and "bias" not in self._parameters:
             cast(Any, self).bias = self.veneer.kept.pop("bias")
             return None
         if param != "weight":
             return super().restore(param)
-        self.veneer.dense = None
-        del self.veneer.kept[param]
+        before = self.veneer.kept.pop(param)
+        if self.veneer.dense is None:
+            self.storage.swap(self, before)
+            RECENT.forget(self)
+        self.veneer.dense = self.veneer.requantised = None
         return None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().state_dict(*args, **kwargs)
+        if own_class(self).state_dict is not nn.Module.state_dict:  # that of a library, which leaves its children out
+            into = found if kwargs.get("destination") is None else kwargs["destination"]
+            self.adapters.state_dict(destination=into, prefix=f"{kwargs.get('prefix', '')}adapters.",
+                                     keep_vars=kwargs.get("keep_vars", False))
+        return found
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> PackedHost:
+        super()._apply(fn, recurse)
+        if self.veneer.dense is not None:  # no parameter, so that nobody else moves it
+            self.veneer.dense = fn(self.veneer.dense)
+        return self
 

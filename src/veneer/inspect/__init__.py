@@ -2,5 +2,6 @@
 
 from veneer.inspect.explain import explain
 from veneer.inspect.summary import adapters, trainable, update_norms
+from veneer.merge import requantized
 
-__all__ = ["adapters", "explain", "trainable", "update_norms"]
+__all__ = ["adapters", "explain", "requantized", "trainable", "update_norms"]
