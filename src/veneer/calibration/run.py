@@ -84,7 +84,7 @@ def _loss(output: Any, batch: int) -> Tensor:
         raise VeneerError(f"calibrate: a start from gradients needs a loss, and the forward gave {what}. Put labels "
                           "into the batches, or give forward=lambda model, batch: loss")
     if not torch.isfinite(loss):
-        raise VeneerError(f"calibrate: the loss of batch {batch} is {float(loss)}")
+        raise VeneerError(f"calibrate: the loss of batch {batch} is {loss.item()}")
     if not loss.requires_grad:
         raise VeneerError("calibrate: the loss does not depend on any of the weights whose gradients are wanted")
     return loss
