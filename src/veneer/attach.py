@@ -29,6 +29,7 @@ from veneer.merge import unmerge
 from veneer.method import Adapter, Method, NewBase, Shared, VeneerError, VeneerWarning
 from veneer.plan import Evidence, Plan, Rules, plan_warning, portioned
 from veneer.route import Route, RowNames
+from veneer.statistics import Statistics
 from veneer.storage import dense, packed
 from veneer.storage.recent import RECENT
 from veneer.weights import Place, base_modules
@@ -59,6 +60,8 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
     refuse_merged(model, "attach")
     if isinstance(rules, Plan):
         _check_plan(model, rules)
+    if isinstance(statistics, Statistics):
+        statistics.check(model)
     made = portioned(rules if isinstance(rules, Plan) else plan_warning(model, rules), statistics)
     _no_adapters_on_moved(made)
     adapters = _build(made, seed, statistics or {})

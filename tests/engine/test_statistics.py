@@ -118,6 +118,15 @@ def test_statistics_of_another_model(init, tmp_path):
     assert "base weight 'q' (12, 12) is not in this model" in message_of(statistics.check, torch.nn.Linear(12, 12))
 
 
+def test_attach_refuses_statistics_of_another_model():
+    _, statistics = made()
+    torch.manual_seed(5)
+    model = Attention()
+    assert "these statistics are of another model: base weight 'q' has other values" in \
+        message_of(lambda: veneer.attach(model, rules("eva"), statistics=statistics))
+    assert type(model.q) is torch.nn.Linear
+
+
 def test_the_same_model_in_another_form_passes():
     model, statistics = made()
     statistics.check(model)
