@@ -239,7 +239,7 @@ def made(weight: Weight, source: Source, pair: tuple[Tensor, Tensor], tail: floa
 def put_new(model: nn.Module, pieces: list[Piece], name: str, rule: str) -> None:
     """The pieces as a new adapter, live and trainable as after `attach`."""
     base = sum(weight.numel() for weight in scan(model))
-    entries = [PlanEntry(piece.weight, piece.method, rule, sum(t.numel() for t in piece.tensors.values()))
+    entries = [PlanEntry(piece.weight, piece.method, rule, sum(t.numel() for t in piece.tensors.values()), given=True)
                for piece in pieces]
     attach(model, Plan(entries, base), name)
     tensors = {piece.weight.name: piece.tensors for piece in pieces}
@@ -300,8 +300,8 @@ def _reason_to_leave(weight: Weight, adapter: Adapter, extract: bool) -> str | N
     return None if extract else f"{method}: not a change that is added; extract=True takes it for one"
 
 
-def _kept(weight: Weight, adapter: Adapter, method: Method, line: LoRAWeight | None = None) -> Piece:
-    return Piece(weight, method, {key: tensor.detach() for key, tensor in adapter.packed().items()}, line)
+def _kept(weight: Weight, adapter: Adapter, method: Method) -> Piece:
+    return Piece(weight, method, {key: tensor.detach() for key, tensor in adapter.packed().items()})
 
 
 def _converted(weight: Weight, adapter: Adapter, rank: Rank, extract: bool) -> Piece:
@@ -332,9 +332,11 @@ def _additive(weight: Weight, adapter: Adapter, method: Method, rank: Rank) -> P
                     adapter.dropout, adapter.dropout_on)
     piece = piece_of(weight, source, rank, "to_lora")
     assert piece.line is not None
-    if isinstance(method, LoRA) and piece.line.rank >= method.rank:
-        line = dataclasses.replace(piece.line, rank=method.rank, error=0.0)
-        return _kept(weight, adapter, method, line)
+    own = adapter.packed()
+    plain, tensors = (method, own) if method.moves_base else method.plain(own)
+    if isinstance(plain, LoRA) and piece.line.rank >= plain.rank:
+        line = dataclasses.replace(piece.line, rank=plain.rank, error=0.0)
+        return Piece(weight, plain, {key: tensor.detach() for key, tensor in tensors.items()}, line)
     return piece
 
 

@@ -330,6 +330,29 @@ def test_lora_fa_wants_the_pair_itself():
         p for k, p in model.named_parameters() if k.endswith(".B")]
 
 
+@pytest.mark.parametrize("wrap", [lambda m: m, DoRA], ids=["lora", "dora"])
+def test_to_lora_makes_it_plain(wrap):
+    torch.manual_seed(0)
+    model = Net(width=32)
+    rule = LoRA(rank=2, alpha=3, rank_stabilized=True, init="pissa")
+    veneer.attach(model, {"*.up": wrap(rule)})
+    want = scatter(model)(ids())
+    assert veneer.to_lora(model).ranks == {f"layers.{i}.up": 4 for i in range(3)}
+    assert torch.equal(model(ids()), want)
+    assert not any("start_" in key for key in model.state_dict())
+    veneer.to_lora(model, 3)
+    assert not torch.equal(model(ids()), want)
+
+
+def test_to_lora_leaves_a_pair_whose_start_is_in_the_base():
+    model = scatter(adapted("pissa", residual="base"))
+    want, method = model(ids()), parts(model).method
+    assert veneer.to_lora(model).ranks["layers.0.up"] == 2
+    assert parts(model).method == method
+    assert veneer.to_lora(model, to="copy").ranks["layers.0.up"] == 2
+    assert torch.equal(model(ids()), want)
+
+
 def test_copies_and_state_dicts_take_the_start_along():
     model = scatter(adapted("pissa"))
     want = model(ids())

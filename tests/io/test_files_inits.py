@@ -123,6 +123,15 @@ def test_a_start_taken_out_of_the_base_is_saved_relative_to_the_base_as_it_was(t
     assert relative(outputs(load_with_peft(fresh("llama"), tmp_path), "llama"), want) < BAR
 
 
+def test_an_adapter_on_a_base_that_another_has_rewritten_is_told_of(tmp_path):
+    model = adapted(fresh("llama"), {"*.q_proj": LoRA(rank=4, init="pissa", residual="base")}, name="first")
+    assert not any("another adapter" in note for note in veneer.save(model, tmp_path / "first", name="first").notes)
+    adapted(model, {"*.q_proj": LoRA(rank=2), "*.v_proj": LoRA(rank=2)}, name="second")
+    notes = veneer.save(model, tmp_path / "second", name="second").notes
+    assert any("the start of another adapter has rewritten the base weight 'model.layers.0.self_attn.q_proj' and 1 more"
+               in note for note in notes)
+
+
 MIXED = {"*.q_proj": PISSA, "*.v_proj": DoRA(LoRA(rank=2, init="olora"))}  # PEFT's config cannot say this
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from veneer.io.records import BaseMap, Record, base_map, base_weights, records_o
 from veneer.io.store import MANIFEST, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, generation
 from veneer.io.tensors import content_hash, read_metadata, write_tensors
 from veneer.method import VeneerError, nearest
+from veneer.weights import moved
 from veneer.wrappers import unwrap
 
 
@@ -45,13 +46,18 @@ class SaveReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-def save(model: nn.Module, path: str | Path, name: str = "default") -> SaveReport:
+#: PEFT's config, records, base → the config as another tool words it, and further files as text by name
+Dress = Callable[[dict[str, Any], list[Record], BaseMap], tuple[dict[str, Any], dict[str, str]]]
+
+
+def save(model: nn.Module, path: str | Path, name: str = "default", *, dress: Dress | None = None) -> SaveReport:
     """Write the adapter `name` into the directory `path`, replacing the adapter that was there.
 
     In Hugging Face PEFT's format where its config can express the plan, else in the native one; the report
     says which and why. Tensors keep the dtype they were trained in; no byte of the base is written; a merged
     adapter is saved like any other. All at once: a save that fails or is killed leaves the old adapter or the
     new one. Other files in the directory are left alone. Never touches the network.
+    dress: for a tool that writes PEFT's files in a way of its own; what they cannot hold is an error then.
 
     Raises `VeneerError` for an unknown name, an adapter without values (meta device), or a write that failed.
     """
@@ -66,17 +72,32 @@ def save(model: nn.Module, path: str | Path, name: str = "default") -> SaveRepor
     methods = {r.name: r.method for r in records}
     print_ = fingerprint(weights, methods)
     unknown = print_.unknown(methods)
-    notes = [f"{unknown} base weights could not be read (merged for good, on meta or sharded) and are not part of "
-             "the base's fingerprint"] if unknown else []
+    notes = [f"{unknown} base weights could not be read (merged for good, rewritten by a start, on meta or "
+             "sharded) and are not part of the base's fingerprint"] if unknown else []
     notes += [note for state in shared_states(model, name) for note in state.notes()]
+    notes += _on_rewritten(model, name)
     seed = _seed(model, name)
     try:
         plain = [_plain(record) for record in records]
         config, tensors, more = hf.encode(plain, base)
-        return _write(Path(path), plain, base, print_, seed, tensors, config, "", notes + more)
+        extra: dict[str, str] = {}
+        if dress is not None:
+            config, extra = dress(config, plain, base)
+        return _write(Path(path), plain, base, print_, seed, tensors, config, "", notes + more, extra)
     except hf.Inexpressible as no:
         reason = str(no)
+        if dress is not None:
+            raise VeneerError(f"save: these files cannot hold the adapter {name!r}: {reason}") from None
     return _write(Path(path), records, base, print_, seed, native.encode(records), None, reason, notes)
+
+
+def _on_rewritten(model: nn.Module, name: str) -> list[str]:
+    """Weights that the start of another adapter has rewritten, so that the base as it was is the wrong one for this."""
+    found = [weight.name for weight, adapter in attached(model, name)
+             if moved(weight) and adapter.method is not None and not adapter.method.moves_base]
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return [f"the start of another adapter has rewritten the base weight {found[0]!r}{more}: this adapter belongs to "
+            "the base as it is now, and no file of it says so"] if found else []
 
 
 def _plain(record: Record) -> Record:
@@ -85,7 +106,8 @@ def _plain(record: Record) -> Record:
 
 
 def _write(path: Path, records: list[Record], base: BaseMap, print_: Fingerprint, seed: int | None,
-           tensors: Mapping[str, Tensor], config: dict | None, reason: str, notes: list[str]) -> SaveReport:
+           tensors: Mapping[str, Tensor], config: dict | None, reason: str, notes: list[str],
+           extra: Mapping[str, str] | None = None) -> SaveReport:
     layout = "native" if config is None else "peft"
     count = sum(t.numel() for r in records for t in r.tensors.values())
     manifest = Manifest(
@@ -101,6 +123,7 @@ def _write(path: Path, records: list[Record], base: BaseMap, print_: Fingerprint
         meta[META_CONFIG] = json.dumps(config, indent=2)
         hide, drop = _stale_config(path, meta[META_CONFIG]), [NATIVE_TENSORS]
         files.append((PEFT_CONFIG, functools.partial(_write_text, meta[META_CONFIG])))
+    files += [(each, functools.partial(_write_text, content)) for each, content in (extra or {}).items()]
     tensor_file = PEFT_TENSORS if config is not None else NATIVE_TENSORS
     files.insert(0, (tensor_file, lambda file: write_tensors(file, tensors, meta)))
     files.append((MANIFEST, functools.partial(_write_text, text)))
