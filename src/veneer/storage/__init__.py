@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from veneer.storage.awq import AWQ
 from veneer.storage.base import Storage
 from veneer.storage.bitsandbytes_4bit import BitsAndBytes4Bit
 from veneer.storage.bitsandbytes_8bit import BitsAndBytes8Bit
 from veneer.storage.gguf_blocks import GGUFBlocks
+from veneer.storage.gptq import GPTQ
 from veneer.storage.hqq_weights import HQQWeights
 from veneer.storage.packed import Packed
 from veneer.storage.torchao_weights import TorchaoWeights, holds
 
 #: asked in this order; what none of them claims is an ordinary parameter
 STORAGES: tuple[Storage, ...] = (
-    Packed(), BitsAndBytes4Bit(), BitsAndBytes8Bit(), TorchaoWeights(), HQQWeights(), GGUFBlocks())
+    Packed(), BitsAndBytes4Bit(), BitsAndBytes8Bit(), TorchaoWeights(), HQQWeights(), GGUFBlocks(), GPTQ(), AWQ())
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -87,9 +87,11 @@ class BitsAndBytes4Bit(Storage):
     def encode(self, module: Any, matrix: Tensor) -> tuple[Tensor, Any]:
         state = _state(module)
         functional: Any = library("bitsandbytes.functional", "bitsandbytes")
-        return functional.quantize_4bit(
-            matrix.to(self.dtype(module)).contiguous(), blocksize=state.blocksize, compress_statistics=state.nested,
+        codes, made = functional.quantize_4bit(
+            matrix.contiguous(), blocksize=state.blocksize, compress_statistics=state.nested,
             quant_type=state.quant_type, quant_storage=module.quant_storage)
+        made.dtype = self.dtype(module)
+        return codes, made
 
     def decode(self, module: Any, held: tuple[Tensor, Any], dtype: torch.dtype) -> Tensor:
         codes, state = held

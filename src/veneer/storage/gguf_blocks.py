@@ -15,6 +15,8 @@ from veneer.storage.read_linear import ReadLinear, read_linear
 
 #: schemes of `veneer.quantize` → ggml's type numbers
 _SCHEMES = {"gguf-q8_0": 8, "gguf-q5_1": 7, "gguf-q5_0": 6, "gguf-q4_1": 3, "gguf-q4_0": 2}
+#: transformers hands so few rows to a kernel for GPUs, which a CPU does not have
+_KERNEL_ROWS = 8
 
 
 class BlockLinear(ReadLinear):
@@ -56,7 +58,7 @@ def gguf_linear(module: nn.Linear, blocks: Tensor, ggml_type: int) -> BlockLinea
 
 
 class GGUFBlocks(Storage):
-    """`BlockLinear`, and transformers' `GgufLinear`, whose forward is a kernel for GPUs."""
+    """`BlockLinear`, and transformers' `GgufLinear`, whose forward needs a kernel for GPUs."""
 
     name = "gguf"
     writable = True
@@ -92,7 +94,7 @@ class GGUFBlocks(Storage):
         return self.decode(module, module._parameters["weight"].data, dtype or self.dtype(module))
 
     def forward(self, module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if isinstance(module, BlockLinear) or x.device.type != "cpu":
+        if isinstance(module, BlockLinear) or x.device.type != "cpu" or x.shape[:-1].numel() > _KERNEL_ROWS:
             return own(x)
         return read_linear(x, module.bias, lambda dtype: self.read(module, dtype))
 
