@@ -73,6 +73,8 @@ METHODS: dict[str, Case] = {
     "lora": Case("LoRA", lambda s: veneer.LoRA(rank=s.rank, alpha=2 * s.rank), _lora),
     "dropout": Case("LoRA, dropout 0.05", lambda s: veneer.LoRA(rank=s.rank, alpha=2 * s.rank, dropout=0.05),
                     lambda s, on: _lora(s, on, lora_dropout=0.05)),
+    # Beside peft's plain LoRA, whose work peft's PiSSA does too: it has changed the base instead.
+    "pissa": Case("LoRA, pissa", lambda s: veneer.LoRA(rank=s.rank, alpha=2 * s.rank, init="pissa_niter_4"), _lora),
     "dora": Case("DoRA", lambda s: veneer.DoRA(veneer.LoRA(rank=s.rank, alpha=2 * s.rank)),
                  lambda s, on: _lora(s, on, use_dora=True)),
     # All triplets are still there: the layer as it is before the first is pruned.

@@ -36,7 +36,7 @@ def test_layers_compares_all_contenders(tmp_path):
     results.write_text("# Mine\n\nkept\n\n<!-- layers: begin -->\nstale section\n<!-- layers: end -->\n\nalso kept\n")
     shown = table(run("layers.py", results, *sizes(16, 32, 24), "--rank", "2"))
     seen = {(row["dtype"], row["method"], row["contender"]) for row in shown}
-    methods = ("LoRA", "LoRA, dropout 0.05", "DoRA", "AdaLoRA", "LoHa, r=8", "LoKr, r=8", "VB-LoRA, r=4",
+    methods = ("LoRA", "LoRA, dropout 0.05", "LoRA, pissa", "DoRA", "AdaLoRA", "LoHa, r=8", "LoKr, r=8", "VB-LoRA, r=4",
                "VeRA, r=256", "RandLoRA, r=32")
     contenders = (("fp32", "Veneer"), ("fp32", "peft"), ("bf16", "Veneer"), ("bf16", "peft"),
                   ("bf16", "peft, 16-bit adapter"))
