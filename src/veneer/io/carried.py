@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,23 +11,23 @@ from veneer.io.fingerprint import same_values
 from veneer.io.records import Record
 from veneer.methods import Rows
 from veneer.sharding import whole
-from veneer.weights import Weight, original
+from veneer.weights import Weight
 
 
-def reconcile(carried: Mapping[str, Tensor], weights: list[Weight],
-              taken: set[str]) -> tuple[list[Record], list[str], list[str]]:
+def reconcile(carried: Mapping[str, Tensor], weights: list[Weight], taken: set[str],
+              values: Callable[[Weight], Tensor | None]) -> tuple[list[Record], list[str], list[str]]:
     """Carried weights (by parameter path) against this base → (records, problems, notes).
 
     Equal ones need nothing. Where most rows are equal and some are not, those are the rows of a resized
     vocabulary, random on each side: they become `Rows`, unless the weight is in `taken`, adapted already.
-    Anything else is another base.
+    Anything else is another base. values: this base's own numbers, or None where they are gone.
     """
     here = {place.names[-1]: weight for weight in weights for place in weight.places}
     records: dict[str, Record] = {}
     problems, notes = [], []
     for path, tensor in carried.items():
         weight = here[path]
-        base = original(weight)
+        base = values(weight)
         if base is None:
             continue
         own = whole(base.detach()).cpu()

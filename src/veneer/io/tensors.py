@@ -10,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,8 @@ from veneer.method import VeneerError
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }
 _CHUNK = 1 << 24
 
@@ -33,25 +35,51 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapp
 
     tensors: any device, float or integer. metadata: string → string, kept in the header.
     """
+    write_made({name: Announced(t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__, file,
+               metadata)
+
+
+class Announced(NamedTuple):
+    """A tensor of which only dtype and shape are known yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_made(tensors: Mapping[str, Announced], make: Callable[[str], Tensor], file: IO[bytes],
+               metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of tensors that `make` gives by name, each when its turn comes, of the dtype and shape
+    announced; none is kept."""
     # Widest elements first keeps every tensor aligned to its element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
-            raise VeneerError(f"{name!r} is of {tensor.dtype}, which a safetensors file cannot hold")
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + size]}
+        dtype, shape = tensors[name]
+        if dtype not in _DTYPES:
+            raise VeneerError(f"{name!r} is of {dtype}, which a safetensors file cannot hold")
+        size = tensors[name].nbytes
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     for name in order:
-        for part in _bytes_of(tensors[name]):
+        tensor = make(name)
+        assert Announced(tensor.dtype, tuple(tensor.shape)) == tensors[name], name
+        for part in _bytes_of(tensor):
             file.write(part)
+        del tensor  # before the next one is made
+
+
+def dtype_of(code: str) -> torch.dtype | None:
+    """The dtype that a safetensors header calls so, or None for one that PyTorch does not have."""
+    return next((dtype for dtype, name in _DTYPES.items() if name == code), None)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
