@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import veneer
-from veneer import DoRA, LoKr, LoRA
+from veneer import DoRA, LoHa, LoKr, LoRA
 from veneer.method import VeneerError
 from veneer.storage import packed_storage
 
@@ -19,6 +19,17 @@ from .layers import CASES, Case, Net, linear, read
 
 METHODS = {"lora": LoRA(rank=4), "bias": LoRA(rank=4, bias=True), "dora": DoRA(LoRA(rank=4)), "lokr": LoKr(rank=4)}
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Products this small are slowed down by more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
@@ -247,6 +258,33 @@ def test_rows_go_their_own_ways(case: Case) -> None:
         with veneer.route(model, ["a", None, "b", "a"]):
             outs.append(model(x))
     torch.testing.assert_close(*outs)
+
+
+@every_case
+def test_several_live_adapters_of_all_kinds(case: Case) -> None:
+    """A pair, what is applied by its dense weight, and what needs the base's lengths, each beside another."""
+    rules = {"pair": LoRA(rank=4), "dense": LoHa(rank=8), "gain": DoRA(LoRA(rank=2)), "product": LoKr(rank=2)}
+    models = case.pair()
+    for model in models:
+        for name, method in rules.items():
+            veneer.attach(model, {"up": method}, name=name)
+        shake(model)
+    x = torch.randn(12, 64)
+    for names in (["pair", "dense"], ["pair", "gain"], ["product", "pair"], ["dense"], list(rules)):
+        found = []
+        for model in models:
+            veneer.activate(model, names)
+            y, inner = model(x), x.clone().requires_grad_()
+            with torch.no_grad():
+                looked_at = model(x)
+            model(inner).square().sum().backward()
+            found.append({"y": y, "looked at": looked_at, "x": inner.grad,
+                          **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}})
+            model.zero_grad()
+        assert found[0].keys() == found[1].keys()
+        for key, value in found[0].items():
+            bar = 2e-2 if case.own_forward and key == "looked at" else 1e-5
+            assert (value - found[1][key]).norm() <= bar * found[1][key].norm(), f"{names}: {key}"
 
 
 @every_case

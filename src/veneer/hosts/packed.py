@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer import ops
@@ -21,6 +20,7 @@ from veneer.method import Adapter, VeneerError
 from veneer.ops import Term
 from veneer.storage import Storage, packed_storage
 from veneer.storage.base import own_class
+from veneer.storage.read_linear import read_linear
 from veneer.storage.recent import RECENT
 from veneer.storage.requantise import Requantised, requantise
 
@@ -82,30 +82,34 @@ class PackedHost(LinearHost):
 
     # -- applying ---------------------------------------------------------------------------------------
     def plain(self, x: Tensor) -> Tensor:
-        dense = self.veneer.dense
-        if dense is None:
+        if self.veneer.dense is None:
             return self.storage.forward(self, super().plain, x)
-        bias = self.storage.bias(self)
-        return F.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return self.with_adapted(x, self.veneer.dense, None, ())
 
     def with_terms(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        if self.veneer.dense is not None:
+            return self.with_adapted(x, weight, bias, terms)
         own = self.storage.bias(self)
         bias = own if bias is None else bias
-        if self.veneer.dense is not None or (bias is not None and bias is not own) or self._reads():
-            return self._by_reading(x, weight, bias, terms)
-        return ops.onto(self.plain(x), x, bias, terms)
+        if bias is own and not self._reads():
+            return ops.onto(self.plain(x), x, bias, terms)
+        return self._by_reading(x, weight, bias, terms)
+
+    def with_adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        bias = self.storage.bias(self) if bias is None else bias
+        dtype = self.storage.compute_dtype(self, x.dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return super().with_terms(x.to(dtype), weight.to(dtype), bias, terms).to(x.dtype)
 
     def _by_reading(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
-        if self.veneer.dense is not None:
-            return super().with_terms(x, weight, bias, terms)
         dtype = self.storage.compute_dtype(self, x.dtype)
-        weight = self._read(dtype) if weight.is_meta else weight.to(dtype)
-        inner = x.to(dtype)
-        if weight.requires_grad or not terms:  # an adapted weight, made of dense numbers for this call
-            return self._plain(inner, weight, None if bias is None else bias.to(dtype)).to(x.dtype)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
-        return ops.linear(inner, weight, bias, terms, lambda: self._read(dtype)).to(x.dtype)
+        inner, weight = x.to(dtype), self._read(dtype) if weight.is_meta else weight.to(dtype)
+        if terms and ops.choose(inner, weight, terms, packed=True).op != "reference":
+            return ops.linear(inner, weight, bias, terms, lambda: self._read(dtype)).to(x.dtype)
+        base = read_linear(inner, bias, self._read, weight)
+        return ops.onto(base, inner, bias, terms).to(x.dtype)
 
     def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
         if not self._reads():

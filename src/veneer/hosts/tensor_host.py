@@ -36,6 +36,10 @@ class TensorHost(Host):
         """The layer's output with `weight` (stored layout), `bias` and the terms."""
         raise NotImplementedError
 
+    def with_adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
+        """The same with a weight that is not the base's own."""
+        return self.with_terms(x, weight, bias, terms)
+
     def explain_live(self, param: str, adapters: Sequence[Adapter]) -> tuple[str, str]:
         terms: list[Term] = []
         dense = list(adapters)
@@ -76,9 +80,9 @@ class TensorHost(Host):
             return self.plain(x)
         weight = self.weight_for(adapters)
         terms, dense = self._sort(adapters, weight)
-        if dense:
-            weight = self.adapted_weight("weight", dense, dropping=self.training)
-        return self.with_terms(x, weight, bias, terms)
+        if not dense:
+            return self.with_terms(x, weight, bias, terms)
+        return self.with_adapted(x, self.adapted_weight("weight", dense, dropping=self.training), bias, terms)
 
     def weight_for(self, adapters: Sequence[Adapter]) -> Tensor:
         """The base weight (stored layout) for a forward with these adapters."""

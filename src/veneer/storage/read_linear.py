@@ -37,23 +37,28 @@ class ReadLinear(nn.Linear):
         return self
 
 
-def read_linear(x: Tensor, bias: Tensor | None, read: Callable[[torch.dtype], Tensor]) -> Tensor:
-    """x Wᵀ + bias in x's dtype; `read` gives W (out, in) in a dtype, once here and once in the backward."""
+def read_linear(x: Tensor, bias: Tensor | None, read: Callable[[torch.dtype], Tensor],
+                weight: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias in x's dtype; `read` gives W (out, in) in a dtype, once here and once in the backward.
+
+    weight: W, where it has been read in x's dtype just now."""
     bias = None if bias is None else bias.to(x.dtype)
+    weight = read(x.dtype) if weight is None else weight
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _ReadLinear.apply(x, bias, read)
-    return F.linear(x, read(x.dtype), bias)
+        return _ReadLinear.apply(x, weight, bias, read)
+    return F.linear(x, weight, bias)
 
 
 class _ReadLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, read: Callable[[torch.dtype], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, read: Callable[[torch.dtype], Tensor]
+                ) -> Tensor:
         ctx.read, ctx.dtype = read, x.dtype
         ctx.rows = x.shape[:-1].numel()
-        return F.linear(x, read(x.dtype), bias)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0]
-        d_bias = dy.reshape(ctx.rows, -1).sum(0) if ctx.needs_input_grad[1] else None
-        return (dy @ ctx.read(ctx.dtype) if ctx.needs_input_grad[0] else None), d_bias, None
+        d_bias = dy.reshape(ctx.rows, -1).sum(0) if ctx.needs_input_grad[2] else None
+        return (dy @ ctx.read(ctx.dtype) if ctx.needs_input_grad[0] else None), None, d_bias, None
