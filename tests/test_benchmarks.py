@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 pytest.importorskip("peft", reason="the benchmarks compare with peft: pip install 'veneer[peft]'")
@@ -114,3 +116,18 @@ def test_sizes_that_do_not_go_together_are_refused():
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 2
         assert "--k and --n go together" in done.stderr or "--sizes all has its own" in done.stderr
+
+
+def test_starts_tells_what_each_takes(tmp_path):
+    torch.manual_seed(0)
+    model, results = tmp_path / "m.safetensors", tmp_path / "RESULTS.md"
+    save_file({f"encoder.layer.{i}.dense.weight": torch.randn(40, 30 + i) for i in range(2)}, model)
+    command = [sys.executable, str(BENCHMARKS / "starts.py"), "--results", str(results), "--threads", "1",
+               "--rank", "4", "--starts", "kaiming", "pissa", "pissa_niter_8", "--model", str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    none, exact, near = table(done.stdout)
+    assert float(none["‖s·BA‖² ÷ ‖W‖²"]) == 0
+    assert float(exact["‖W − s·BA‖ ÷ the least"]) == 1
+    assert 1 <= float(near["worst"]) < 1.01
+    assert "2 linear weights of m.safetensors, r=4" in results.read_text()
