@@ -76,6 +76,7 @@ class HostState:
         # The base's own values while merged: a tensor, what a storage holds, or None where there was no such bias.
         self.kept: dict[str, Any] = {}
         self.dense: Tensor | None = None  # the merged weight of a packed layer
+        self.input_dtype: torch.dtype | None = None  # of a packed layer's last input
         self.requantised: tuple[float, float] | None = None  # ‖ΔW‖² of one that was packed again, and what was lost
         self.kept_on: torch.device | None = None  # where that one lay
         self.moved: dict[str, str] = {}  # parameters of which a start took a part away, and which start

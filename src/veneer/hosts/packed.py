@@ -62,7 +62,10 @@ class PackedHost(LinearHost):
         return self.storage.bias(self) if param == "bias" else super().carrier(param)
 
     def weight_dtype(self, param: str) -> torch.dtype:
-        return self.storage.dtype(self) if param == "weight" else super().weight_dtype(param)
+        if param != "weight":
+            return super().weight_dtype(param)
+        storage, seen = self.storage, self.veneer.input_dtype
+        return storage.dtype(self) if seen is None or storage.knows_dtype(self) else seen
 
     def _read(self, dtype: torch.dtype | None) -> Tensor:
         storage = self.storage
@@ -81,6 +84,11 @@ class PackedHost(LinearHost):
         return torch.empty(size, dtype=self.storage.dtype(self), device="meta")
 
     # -- applying ---------------------------------------------------------------------------------------
+    def forward(self, input: Tensor) -> Tensor:
+        if self.veneer.input_dtype != input.dtype:
+            self.veneer.input_dtype = input.dtype
+        return super().forward(input)
+
     def plain(self, x: Tensor) -> Tensor:
         if self.veneer.dense is None:
             return self.storage.forward(self, super().plain, x)
@@ -112,10 +120,12 @@ class PackedHost(LinearHost):
         return ops.onto(base, inner, bias, terms).to(x.dtype)
 
     def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
-        if not self._reads():
-            return "beside", f"the layer's own forward over {self.storage.name}, and two small layers beside it"
-        op, why = ops.choose(None, self.base_weight("weight"), terms, packed=self.veneer.dense is None)
-        return op, f"{why}; the weight ({self.storage.name}) is read for each product"
+        storage = self.storage
+        if storage.own_forward:
+            return "beside", f"the layer's own forward over {storage.name}, and two small layers beside it"
+        op, why = ops.choose(None, torch.empty(0, dtype=storage.dtype(self)), terms, packed=True)
+        return op, (f"{why}; the weight ({storage.name}) is read for each product; without gradients the layer's own "
+                    "forward, and two small layers beside it")
 
     # -- merging ----------------------------------------------------------------------------------------
     def requantised(self, param: str, adapters: Sequence[Adapter]) -> Requantised | None:

@@ -76,6 +76,10 @@ class Storage:
         """What the weight stands for: the dtype it had, or is read as."""
         raise NotImplementedError
 
+    def knows_dtype(self, module: nn.Module) -> bool:
+        """Whether `dtype` is no guess. A library's layer need not remember what its weight was."""
+        return True
+
     def compute_dtype(self, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
         """In what the layer computes for an input of `dtype`."""
         return dtype

@@ -67,6 +67,9 @@ class BitsAndBytes8Bit(Storage):
         bias = module.bias
         return module.__dict__.get("held_dtype", torch.float16 if bias is None else bias.dtype)
 
+    def knows_dtype(self, module: Any) -> bool:
+        return "held_dtype" in module.__dict__ or module.bias is not None
+
     def read(self, module: Any, dtype: torch.dtype | None = None) -> Tensor:
         return self.decode(module, (module._parameters["weight"].data, _scales(module)), dtype or self.dtype(module))
 

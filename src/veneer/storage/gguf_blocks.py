@@ -88,7 +88,10 @@ class GGUFBlocks(Storage):
     def dtype(self, module: Any) -> torch.dtype:
         if isinstance(module, BlockLinear):
             return module.packed_dtype
-        return torch.get_default_dtype() if module.bias is None else module.bias.dtype  # it does not know its own
+        return torch.get_default_dtype() if module.bias is None else module.bias.dtype
+
+    def knows_dtype(self, module: Any) -> bool:
+        return isinstance(module, BlockLinear) or module.bias is not None
 
     def read(self, module: Any, dtype: torch.dtype | None = None) -> Tensor:
         return self.decode(module, module._parameters["weight"].data, dtype or self.dtype(module))

@@ -48,13 +48,8 @@ class HQQWeights(Storage):
         made.bias = module.bias
         return made.train(module.training)
 
-    def claims(self, module: nn.Module) -> bool:
-        return ("hqq", "HQQLinear") in class_names(module)
-
-    def refusal(self, module: Any) -> str | None:
-        if not module.ready:
-            return "its HQQ layer has not been quantised yet"
-        return None
+    def claims(self, module: Any) -> bool:
+        return ("hqq", "HQQLinear") in class_names(module) and bool(module.ready)  # one that is not has not even a size
 
     def size(self, module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
