@@ -81,10 +81,11 @@ def _put_in_place(directory: Path, temps: Sequence[tuple[Path, Path]], hide: Ite
         os.replace(temp, final)
     for name in drop:
         (directory / name).unlink(missing_ok=True)
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Have the names in a directory written to disk."""
     if os.name != "posix":  # elsewhere a directory cannot be opened
         return
     handle = os.open(directory, os.O_RDONLY)
