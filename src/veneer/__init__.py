@@ -2,8 +2,11 @@
 
 from veneer.allocate import update_and_allocate
 from veneer.attach import activate, attach, detach, disabled, route
+from veneer.calibrate import calibrate
 from veneer.combine import combine
 from veneer.convert import to_lora
+from veneer.eva import get_eva_state_dict, initialize_lora_eva_weights
+from veneer.inits import EVA, CorDA, LoftQ, LoRAGA, OLoRA, PiSSA, SVDQuant
 from veneer.inspect.summary import adapters, trainable
 from veneer.io.info import info
 from veneer.io.load import load
@@ -15,12 +18,53 @@ from veneer.methods import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows
 from veneer.plan import plan
 from veneer.quantize import dequantize, quantize
 from veneer.refit import replace_lora_weights_loftq
+from veneer.statistics import Statistics
+from veneer.storage.recent import keep_dense
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaLoRA", "DoRA", "Full", "LoHa", "LoKr", "LoRA", "RandLoRA", "Rows", "VBLoRA", "VeRA", "activate", "adapters",
-    "attach", "combine", "dequantize", "detach", "disabled", "info", "load", "merge", "merge_checkpoint", "plan",
-    "prepare_for_kbit_training", "quantize", "replace_lora_weights_loftq", "route", "save", "to_lora",
-    "trainable", "unmerge", "update_and_allocate",
+    "EVA",
+    "AdaLoRA",
+    "CorDA",
+    "DoRA",
+    "Full",
+    "LoHa",
+    "LoKr",
+    "LoRA",
+    "LoRAGA",
+    "LoftQ",
+    "OLoRA",
+    "PiSSA",
+    "RandLoRA",
+    "Rows",
+    "SVDQuant",
+    "Statistics",
+    "VBLoRA",
+    "VeRA",
+    "activate",
+    "adapters",
+    "attach",
+    "calibrate",
+    "combine",
+    "dequantize",
+    "detach",
+    "disabled",
+    "get_eva_state_dict",
+    "info",
+    "initialize_lora_eva_weights",
+    "keep_dense",
+    "load",
+    "merge",
+    "merge_checkpoint",
+    "plan",
+    "prepare_for_kbit_training",
+    "quantize",
+    "replace_lora_weights_loftq",
+    "route",
+    "save",
+    "to_lora",
+    "trainable",
+    "unmerge",
+    "update_and_allocate",
 ]
