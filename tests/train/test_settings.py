@@ -32,7 +32,7 @@ def test_defaults_and_shorthand() -> None:
         ({"trainin": {}}, r"unknown section 'trainin' in the config; did you mean 'training'\? Sections: model"),
         ({"zzz": {}}, r"unknown section 'zzz' in the config\. Sections: model"),
         ({"learning_rate": 1e-4}, r"'learning_rate' stands at the top .*; it belongs into the section training"),
-        ({"batch_size": 4}, r"belongs into the section training or evaluation"),
+        ({"batch_size": 4}, r"belongs into the section calibration or training or evaluation"),
         ({"rank": 4}, r"belongs into the section adapter"),
         ({"training": {"zzz": 1}}, r"unknown key 'zzz' in training\. Known keys: epochs"),
         ({"training": {"optimizer": "adamwx"}}, r"training.optimizer is 'adamwx'; .*did you mean 'adamw_torch'\?"),

@@ -51,6 +51,8 @@ def prepare(settings: Settings, console: Console) -> Job:
     began = time.monotonic()
     loaded = load_model(settings.model)
     console.say(f"Model: {loaded.source}, loaded in {time.monotonic() - began:.0f} s")
+    for note in loaded.notes:
+        console.say(note, style="yellow" if note.startswith("left") else "")
     encoder = make_encoder(settings, loaded.tokenizer)
     train, cut, skipped = encoder.encode_all(data.train)
     heldout_examples = data.heldout[: settings.evaluation.limit]
@@ -73,8 +75,13 @@ def prepare(settings: Settings, console: Console) -> Job:
     return Job(
         settings=settings, console=console, loaded=loaded, encoder=encoder, train=train, heldout=heldout,
         data=Dataset(train=data.train, heldout=heldout_examples),
-        plan=veneer.plan(loaded.model, scheduled(settings.adapter.rules, steps)), steps=steps,
+        plan=make_plan(settings, loaded.model, steps), steps=steps,
     )  # fmt: skip
+
+
+def make_plan(settings: Settings, model: Any, steps: int) -> Plan:
+    """What the settings' rules come to on this model."""
+    return veneer.plan(model, scheduled(settings.adapter.rules, steps))
 
 
 def _steps(settings: Settings, examples: int) -> int:
@@ -133,6 +140,6 @@ def show_dry_run(job: Job) -> None:
     console.heading(f"An example ({job.train[0].place}); loss on the tokens between ⟦ and ⟧")
     console.pieces(show_mask(job.train[0], job.encoder.tokenizer))
     console.heading("Memory (estimate)")
-    rows = estimate(job.model, job.plan, job.train, settings.training)
+    rows = estimate(job.model, job.plan, job.train, settings)
     console.table(["what", "bytes"], [[what, size(count)] for what, count in rows])
     console.say("Dry run: nothing was trained or written.")

