@@ -38,7 +38,7 @@ def _worker(rank: int, kind: str, port: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = Net()
-    attach(model, {"*.0": LoRA(rank=3), "*.2": DoRA(LoRA(rank=3)), "head": Full(), "embed": LoRA(rank=2)})
+    attach(model, {"*.0": LoRA(rank=3), "*.2": DoRA(LoRA(rank=3)), "head": Full(), "embed": LoRA(rank=2, init="pissa")})
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:

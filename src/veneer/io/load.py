@@ -96,7 +96,9 @@ def _fitted(record: Record, adapter: Adapter, own: Mapping[str, Tensor]) -> list
     """Give the record what fits an adapter that is there, also from its plain form in the file; or say why not."""
     method = adapter.method
     assert method is not None
-    known = [_meaning(method), _meaning(method.unmoved().plain(own)[0])]
+    # Without values: what is asked for is the method, and sharded tensors would have to be gathered.
+    empty = {part: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for part, tensor in own.items()}
+    known = [_meaning(method), _meaning(method.unmoved().plain(empty)[0])]
     if _meaning(record.method) not in known or not record.restarted <= own.keys():
         return [f"{record.name!r} is {record.method} in the file and {method} on this model"]
     tensors = method.regained({**{part: own[part] for part in record.restarted}, **record.tensors}, own)
