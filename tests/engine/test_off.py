@@ -79,3 +79,13 @@ def test_gradient_checkpointing_sees_that_it_was_switched_meanwhile():
     host(model, "layers.0.q_proj").veneer.off.add("default")
     with pytest.raises(VeneerError, match="gradient checkpointing recomputes this layer"):
         y.sum().backward()
+
+
+def test_a_compiled_model_follows_the_switch():
+    model = net()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS), model(IDS))
+    whole = compiled(IDS)
+    host(model, "layers.0.q_proj").veneer.off.add("default")
+    torch.testing.assert_close(compiled(IDS), model(IDS))
+    assert not torch.equal(compiled(IDS), whole)
