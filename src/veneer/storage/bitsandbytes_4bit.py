@@ -77,7 +77,9 @@ class BitsAndBytes4Bit(Storage):
 
     def forward(self, module: Any, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         # See `pack`: an adapted weight stays what its adapters were trained on.
-        before = module.support_avx512bf16_for_cpu
+        before = module.__dict__.get("support_avx512bf16_for_cpu", False)
+        if not before:
+            return own(x)
         module.support_avx512bf16_for_cpu = False
         try:
             return own(x)
