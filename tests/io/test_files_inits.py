@@ -258,6 +258,14 @@ def test_peft_files_relative_to_a_residue_need_an_adapter_that_carries_it(tmp_pa
         veneer.load(plain, tmp_path)
 
 
+def test_peft_files_relative_to_a_residue_need_the_base_as_it_was(tmp_path):
+    written_by_peft(*READ["olora"], tmp_path)
+    model = veneer.attach(fresh("llama"), {"*.q_proj": LoRA(rank=2, init="pissa", residual="base")}, name="other")
+    with pytest.raises(VeneerError, match=r"q_proj' begins at the base weight that it was trained on, and the start of "
+                                          r"another adapter has rewritten that one here"):
+        veneer.load(model, tmp_path)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_2"])
 def test_files_that_peft_converted(init, tmp_path):
     torch.manual_seed(0)

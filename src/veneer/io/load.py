@@ -19,7 +19,7 @@ from veneer.io.records import SHOWN, Record
 from veneer.method import Adapter, Method, VeneerError, method_class, method_to_dict
 from veneer.plan import resolve
 from veneer.sharding import spread_like
-from veneer.weights import Weight
+from veneer.weights import Weight, moved
 from veneer.wrappers import unwrap
 
 
@@ -64,6 +64,7 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     if not records:
         raise VeneerError(f"nothing in {stored.file} fits this model\n" + _listing(stored, problems))
     if not existing:
+        _refuse_rewritten(weights, records)
         attach_records(model, weights, records, name, stored)
     filled = fill(model, name, records)
     count = sum(t.numel() for r in records for t in r.tensors.values())
@@ -147,6 +148,14 @@ def attach_records(model: nn.Module, weights: list[Weight], records: list[Record
     started = {record.name for record in records if is_started(record)}
     entries = [dataclasses.replace(entry, given=entry.name not in started) for entry in made.entries]
     attach(model, dataclasses.replace(made, entries=entries), name, seed=seed or 0)
+
+
+def _refuse_rewritten(weights: list[Weight], records: list[Record]) -> None:
+    rewritten = {weight.name for weight in weights if moved(weight)}
+    for record in records:
+        if is_started(record) and record.name in rewritten:
+            raise VeneerError(f"load: the adapter of {record.name!r} begins at the base weight that it was trained on, "
+                              "and the start of another adapter has rewritten that one here; load the base model anew")
 
 
 def is_started(record: Record) -> bool:
