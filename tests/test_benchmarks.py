@@ -131,3 +131,14 @@ def test_starts_tells_what_each_takes(tmp_path):
     assert float(exact["‖W − s·BA‖ ÷ the least"]) == 1
     assert 1 <= float(near["worst"]) < 1.01
     assert "2 linear weights of m.safetensors, r=4" in results.read_text()
+
+
+def test_storages_has_a_row_for_every_scheme(tmp_path):
+    results = tmp_path / "RESULTS.md"
+    dense, packed, wide = table(run("storages.py", results, "--out", "32", "--in", "64", "--rows", "8", "--rank", "2",
+                                    "--schemes", "nf4", "nf8"))
+    assert float(dense["bytes per number"]) == 2
+    assert dense["read, ms"] == ""
+    assert float(packed["bytes per number"]) < 0.6 < 1 < float(wide["bytes per number"]) < 1.1
+    assert 0.05 < float(packed["‖Q − W‖ ÷ ‖W‖"]) < 0.15
+    assert "A weight (32, 64) of normal numbers, bf16; LoRA r=2" in results.read_text()
