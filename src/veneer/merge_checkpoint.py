@@ -58,7 +58,8 @@ def merge_checkpoint(base: str | Path, adapter: str | Path, out: str | Path, *,
     dtype: cast floating tensors to it first; default: each keeps its own. max_shard_size: bytes, or "5GB", in each file
     of weights; default: the base's files. overwrite: replace a model's folder that is at `out`. strict: as for `load`;
     the base's values are compared as they are read. model: the structure (parameters on the meta device, named as in
-    the files; used up by the call), for a model that transformers does not build. progress: is given a sentence for each file written.
+    the files; used up by the call), for a model that transformers does not build. progress: is given a sentence for
+    each file written.
 
     `out` appears whole or not at all. Raises `VeneerError` where `load` would; for a base that is not there, not whole
     or quantised; for adapted weights that the files have not; for a bias the model has no place for; for a full disk.
@@ -97,8 +98,8 @@ def merge_checkpoint(base: str | Path, adapter: str | Path, out: str | Path, *,
 
 def _checked(model: nn.Module) -> nn.Module:
     if not all(param.is_meta for param in model.parameters()) or adapter_names(model):
-        raise VeneerError(f"{_OWNER}: model is the structure alone, without adapters and with its parameters on the meta "
-                          "device: with torch.device('meta'): model = MyModel()")
+        raise VeneerError(f"{_OWNER}: model is the structure alone, without adapters and with its parameters on the "
+                          "meta device: with torch.device('meta'): model = MyModel()")
     return unwrap(model)
 
 

@@ -99,12 +99,10 @@ class Merger:
         self._find_spots({record.name: record for record in records})
 
     def _value(self, weight: Weight) -> Tensor | None:
-        """A base weight out of the files, for what an adapter's file carries of it."""
-        for group in self.names.groups:
-            if any(self._weights.get(param) is weight for param in group.params):
-                made = self._loaded(group)
-                return next(made[param] for param in group.params if self._weights.get(param) is weight)
-        return None
+        """A base weight out of the files, for what an adapter's file carries of it; None where they have it not."""
+        paths = {place.names[-1] for place in weight.places}
+        found = ((group, param) for group in self.names.groups for param in group.params if param in paths)
+        return next((self._loaded(group)[param] for group, param in found), None)
 
     def _find_spots(self, records: Mapping[str, Record]) -> None:
         by_module = dict(hosts(self.names.model))
