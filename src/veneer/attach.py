@@ -196,6 +196,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     refuse_split_ties(model, "detach")
     _refuse_split_shares(model, names)
     merged = {n for _, host in hosts(model) for n in host.veneer.merged}
+    final = {id(host) for _, host in hosts(model) if host.veneer.merged and not host.veneer.kept}
     if merged and name is not None and name not in merged:
         refuse_merged(model, f"detach {name!r}")
     if merged & set(names) and any(host.veneer.kept for _, host in hosts(model)):
@@ -212,7 +213,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         left = {n for host in route.hosts if isinstance(host, Host) for n in host.adapters}
         route.live = tuple(n for n in route.live if n not in names or n in left)
     needed = _still_needed(found)
-    moved = {why for host in found if not needed[id(host)] for why in host.veneer.moved.values()}
+    moved = {why for host in found if not needed[id(host)] and id(host) not in final  # what is merged is whole again
+             for why in host.veneer.moved.values()}
     for host in found:
         if not needed[id(host)]:
             lift(host)

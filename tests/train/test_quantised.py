@@ -34,7 +34,7 @@ def test_a_whole_run_over_nf4(project: Path, capsys: pytest.CaptureFixture[str])
     assert results.after.loss < results.before.loss - 0.3
     assert [(check.name, check.passed) for check in results.checks] == [("reload", True), ("merge", True)]
     assert "bit-equal" in results.checks[0].detail
-    assert "merged and dequantised to float16, KL " in results.checks[1].detail
+    assert "merged, dequantised and rounded to bfloat16, KL " in results.checks[1].detail
     assert dict(results.facts)["Model"].endswith("linear weights held as nf4")
     assert "14 weights held as nf4: 0 MB as numbers, 0 MB so" in capsys.readouterr().out
     assert len(results.norms) == 14
