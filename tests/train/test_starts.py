@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +150,14 @@ def test_the_schema_has_the_starts() -> None:
         assert f'"const": "{name}"' in text
     assert yaml.safe_load("{init: loftq, bits: 4}")["init"] == "loftq"
     assert "calibration" in settings_schema()["properties"]
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_start(project: Path) -> None:
+    sets = [part for o in [*QUIET, "adapter.init=eva", "calibration.batches=2"] for part in ("--set", o)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "veneer.train.cli"]
+    done = subprocess.run([*launch, "train", "config.yaml", *sets], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Calibration: ") == 1
+    assert "bit-equal" in done.stdout
