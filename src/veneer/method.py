@@ -258,6 +258,14 @@ class Adapter(nn.Module):
         theirs = {key: tensor for key, tensor in self.state_dict().items() if key.startswith("shared.")}
         self.load_state_dict({**own, **theirs})
 
+    def progress(self) -> dict[str, Tensor]:
+        """What a training run must keep, beside the plain form (`Method.plain`) in which the adapter is saved, to go on
+        bit for bit."""
+        return {}
+
+    def resume(self, progress: Mapping[str, Tensor]) -> None:
+        """Take up what `progress` gave."""
+
     # -- shared machinery -----------------------------------------------------------------------------
     def generator(self) -> torch.Generator:
         """A CPU generator seeded by (seed, weight name): the same bits on every device and rank."""

@@ -53,6 +53,20 @@ def test_resumed_run_equals_the_uninterrupted_one(project: Path) -> None:
     assert not equal(tensors("out/checkpoint-4"), tensors("out/adapter"))
 
 
+@pytest.mark.parametrize("residual", ["exact", "base"])
+def test_a_start_that_is_carried_is_resumed_bit_for_bit(project: Path, residual: str) -> None:
+    path = project / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["adapter"] |= {"init": "pissa", "residual": residual}
+    path.write_text(yaml.safe_dump(config))
+    options = ["training.epochs=2", "training.save_every=3", "training.keep_checkpoints=9", "training.batch_size=3"]
+    train(*options)
+    shutil.copytree("out/checkpoint-3", "second/checkpoint-3")
+    shutil.copy("out/metrics.jsonl", "second/metrics.jsonl")
+    train(*options, "output.directory=second", resume="last")
+    assert equal(tensors("out/adapter"), tensors("second/adapter"))
+
+
 def adalora(project: Path, **options: Any) -> None:
     """Let the project's config say AdaLoRA, without a number of steps."""
     path = project / "config.yaml"

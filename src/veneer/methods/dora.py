@@ -177,6 +177,12 @@ class DoRAAdapter(Adapter):
             self.magnitude.copy_(tensors["magnitude"])
         self.inner.unpack(_inner(tensors))
 
+    def progress(self) -> dict[str, Tensor]:
+        return self.inner.progress()
+
+    def resume(self, progress: Mapping[str, Tensor]) -> None:
+        self.inner.resume(progress)
+
     def bias_delta(self) -> Tensor | None:
         return self.inner.bias_delta()
 

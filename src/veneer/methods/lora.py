@@ -220,6 +220,13 @@ class LoRAAdapter(Adapter):
             return Factors(self.A, self.B, self.scale)
         return Factors(*doubled(self.A, self.B, self.start_A, self.start_B), self.scale)
 
+    def progress(self) -> dict[str, Tensor]:
+        return {} if self.start_A is None else {"A": self.A.detach()}  # the plain form has A − A₀, rounded
+
+    def resume(self, progress: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.A.copy_(progress["A"])
+
     def bias_delta(self) -> Tensor | None:
         return self.bias
 
