@@ -18,8 +18,8 @@ PROGRESS = "progress.safetensors"
 
 
 def save_progress(model: nn.Module, name: str, folder: Path) -> None:
-    """Write the progress of the adapter `name`, and of what it shares, into `folder`, or, where there is none, take away a file
-    that an earlier checkpoint has left there."""
+    """Write the progress of the adapter `name`, and of what it shares, into `folder`, or, where there is none, take
+    away a file that an earlier checkpoint has left there."""
     tensors = dict(_progress(model, name))
     if tensors:
         write_all(folder, [(PROGRESS, functools.partial(write_tensors, tensors=tensors, metadata={}))])
