@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.attach import activate, attach, detach
-from veneer.attached import attached, known_names, routes
+from veneer.attach import attach, detach
+from veneer.attached import adapter_names, attached, hosts, known_names, routes
 from veneer.calibrate import calibrate
 from veneer.inits import EVA, Init, make_init
 from veneer.method import Method, VeneerError, seeded_generator
 from veneer.methods import DoRA, LoRA
-from veneer.plan import Rules, plan_warning, portioned, resolve
+from veneer.plan import Plan, Rules, plan_warning, portioned, resolve
 from veneer.statistics import Statistics
 from veneer.weights import scan
 
@@ -59,11 +59,29 @@ def initialize_lora_eva_weights(model: nn.Module, batches: Iterable[Any] | None 
     made = resolve(model, scan(model), rules)
     if statistics is None:
         statistics = calibrate(model, batches or (), made, **options)
-    portioned(made, statistics)  # raises before anything is changed
-    live = [each for route in routes(model) for each in route.live]
-    detach(model, name)
-    attach(model, made, name, seed, statistics)
-    return activate(model, live)
+    return _replaced(model, made, name, seed, statistics)
+
+
+def _replaced(model: nn.Module, made: Plan, name: str, seed: int, statistics: Statistics) -> nn.Module:
+    """With the adapter that `made` says instead of `name`, which stays until the new one is there, whole."""
+    live = [(route, route.live) for route in routes(model)]
+    new = f"{name}_anew"
+    while new in adapter_names(model):
+        new += "_"
+    try:
+        attach(model, made, new, seed, statistics)
+        detach(model, name)
+    except BaseException:  # KeyboardInterrupt too: what was trained is worth more
+        if new in adapter_names(model):
+            detach(model, new)
+        raise
+    finally:
+        for route, names in live:
+            route.live = names
+    for _, host in hosts(model):
+        if new in host.adapters:
+            host.adapters[name] = host.adapters.pop(new)
+    return model
 
 
 def _restarted(method: Method | None, start: Init, weight: str) -> Method:

@@ -10,7 +10,7 @@ from torch import nn
 
 import veneer
 from veneer import DoRA, LoRA
-from veneer.attached import attached
+from veneer.attached import adapter_names, attached
 from veneer.eva import get_eva_state_dict, initialize_lora_eva_weights
 from veneer.inits import EVA, CorDA, LoRAGA
 from veneer.inits.corda import oriented_pair
@@ -396,8 +396,33 @@ def test_initialize_lora_eva_weights_cannot():
     text = message_of(initialize_lora_eva_weights, model, [batch], init="pissa")
     assert "init must be 'eva', or EVA with options, got 'pissa'" in text
     before = adapters(model)["q"]
-    other = found(Attention(), [batch], rules("eva", 1, ("k",)))
+    other = found(model, [batch], rules("eva", 1, ("k",)))
     assert "there are none of 'q'" in message_of(initialize_lora_eva_weights, model, statistics=other)
     assert adapters(model)["q"] is before
     with pytest.warns(VeneerWarning, match="had not settled"):
         initialize_lora_eva_weights(model, [batch])
+
+
+@pytest.mark.parametrize("fault", ["another model", "too few components", "interrupted"])
+def test_initialize_lora_eva_weights_keeps_what_was_trained_after_an_error(fault, monkeypatch):
+    model, batch = veneer.attach(Attention(), rules("kaiming"), name="first"), tokens(20)
+    veneer.attach(model, {"q": LoRA(rank=1)}, name="other")
+    veneer.activate(model, "first")
+    with torch.no_grad():
+        adapters(model, "first")["q"].B.fill_(1.0)
+    statistics = found(Attention() if fault == "another model" else model, [batch], rules("eva"))
+    if fault == "too few components":
+        statistics._tensors["o"]["components"] = statistics["o"]["components"][:1]
+    if fault == "interrupted":
+        def stopped(model, name):
+            if name == "first":
+                raise KeyboardInterrupt
+            return veneer.detach(model, name)
+
+        monkeypatch.setattr("veneer.eva.detach", stopped)
+    before, values = adapters(model, "first"), model(batch["input_ids"])
+    with pytest.raises(KeyboardInterrupt if fault == "interrupted" else VeneerError):
+        initialize_lora_eva_weights(model, name="first", statistics=statistics)
+    assert adapters(model, "first") == before
+    assert adapter_names(model) == ["first", "other"]
+    assert torch.equal(model(batch["input_ids"]), values)
