@@ -195,6 +195,26 @@ def test_one_and_three_dimensional_convolutions():
         assert torch.allclose(statistics["0"]["gradient"], conv.weight.grad.flatten(1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["in the forward", "around all"])
+@pytest.mark.parametrize("init", ["corda", "lora_ga", "eva"])
+def test_under_autocast_the_sums_are_in_fp32(init, inside):
+    def forward(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(batch)
+            assert output.dtype == torch.bfloat16
+            return output.float().sum()
+
+    model, x = nn.Sequential(nn.Linear(6, 5)), torch.randn(40, 6) + 1
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+        statistics = found(model, [x], LoRA(rank=2, init=init), compress=False, forward=forward)["0"]
+    if init == "eva":
+        assert torch.allclose(statistics["singular"][:2], torch.linalg.svdvals(x - x.mean(0))[:2], rtol=1e-5)
+        return
+    made = statistics["covariance" if init == "corda" else "gradient"]
+    assert made.dtype == torch.float32
+    assert torch.allclose(made, x.T @ x if init == "corda" else x.sum(0).expand(5, 6), rtol=1e-5, atol=1e-4)
+
+
 def test_a_weight_in_two_places_sees_both():
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
     model[2].weight = model[0].weight

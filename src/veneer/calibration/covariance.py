@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from veneer.method import without_autocast
+
 
 @dataclass(frozen=True)
 class Covariance:
@@ -22,9 +24,10 @@ class Covariance:
 
     def add(self, rows: Tensor) -> Covariance:
         """With rows (n, in) more; a plain sum, so that it is all the same how they are cut into batches."""
-        if rows.device != self.matrix.device:
-            return Covariance(self.matrix + (rows.mT @ rows).to(self.matrix.device), self.seen + len(rows))
-        return Covariance(torch.addmm(self.matrix, rows.mT, rows), self.seen + len(rows))
+        with without_autocast(rows):  # the hooks run inside the model's own, which would make 16-bit products of this
+            if rows.device != self.matrix.device:
+                return Covariance(self.matrix + (rows.mT @ rows).to(self.matrix.device), self.seen + len(rows))
+            return Covariance(torch.addmm(self.matrix, rows.mT, rows), self.seen + len(rows))
 
     def evidence(self) -> dict[str, Tensor]:
         """covariance (in, in), count (); on the CPU."""

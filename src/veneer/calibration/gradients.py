@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.calibration.rows import grouped_outputs, grouped_rows
 from veneer.leading import triplets, wide
-from veneer.method import Shape, VeneerError
+from veneer.method import Shape, VeneerError, without_autocast
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Gradient:
         """With what one call of the layer gives: its input x and the gradient of its output."""
         X = grouped_rows(x, self.shape, module).to(torch.float32)
         dY = grouped_outputs(dy, self.shape, module).to(torch.float32)
-        made = torch.einsum("ngo,ngi->goi", dY, X).reshape(self.shape.out, self.shape.in_).mul_(weight)
+        with without_autocast(X):
+            made = torch.einsum("ngo,ngi->goi", dY, X).reshape(self.shape.out, self.shape.in_).mul_(weight)
         if not torch.isfinite(made).all():
             raise VeneerError(f"calibrate: the gradient of {self.name!r} is not finite in this batch")
         made = made if self.hold is None else made.to(self.hold)
