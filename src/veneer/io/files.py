@@ -19,7 +19,8 @@ from typing import IO
 from veneer.method import VeneerError
 
 Writer = Callable[[IO[bytes]], None]
-_TEMP = ".veneer-tmp-"
+#: in the names of what is not yet, or no longer, in its place
+TEMPORARY = ".veneer-tmp-"
 _STALE_SECONDS = 24 * 3600
 
 
@@ -38,7 +39,7 @@ def write_all(directory: Path, files: Sequence[tuple[str, Writer]], *, hide: Ite
     outcome = "What was there before is unchanged"
     try:
         for name, writer in files:
-            temp = directory / f"{_TEMP}{uuid.uuid4().hex}"
+            temp = directory / f"{TEMPORARY}{uuid.uuid4().hex}"
             temps.append((temp, directory / name))
             with open(temp, "xb") as file:
                 writer(file)
@@ -57,7 +58,7 @@ def write_all(directory: Path, files: Sequence[tuple[str, Writer]], *, hide: Ite
                 temp.unlink(missing_ok=True)
         if made and not any(directory.iterdir()):
             directory.rmdir()
-    _sweep(directory)
+    sweep(directory, f"{TEMPORARY}*")
     return size
 
 
@@ -102,9 +103,12 @@ def _free(directory: Path) -> str:
         return ""
 
 
-def _sweep(directory: Path) -> None:
-    """Remove what a killed save of an earlier day has left; a younger one may belong to a save going on."""
-    for leftover in directory.glob(f"{_TEMP}*"):
+def sweep(directory: Path, pattern: str) -> None:
+    """Remove what a killed process of an earlier day has left; a younger one may belong to one going on."""
+    for leftover in directory.glob(pattern):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                leftover.unlink()
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from veneer.io.files import sync_directory
+from veneer.io.files import TEMPORARY, sweep, sync_directory
 from veneer.method import VeneerError
-
-_STALE_SECONDS = 24 * 3600
 
 
 @contextlib.contextmanager
@@ -27,7 +25,7 @@ def new_folder(path: Path, owner: str, overwrite: bool = False) -> Iterator[Path
     check_free_name(path, owner, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.veneer-tmp-{uuid.uuid4().hex}"
+        temporary = path.parent / f".{path.name}{TEMPORARY}{uuid.uuid4().hex}"
         temporary.mkdir()
     except OSError as error:
         raise VeneerError(f"{owner}: cannot make a folder in {path.parent}: {error.strerror or error}") from error
@@ -39,15 +37,28 @@ def new_folder(path: Path, owner: str, overwrite: bool = False) -> Iterator[Path
             os.replace(path, old)
         os.replace(temporary, path)
         sync_directory(path.parent)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise VeneerError(f"{owner}: could not write {path}: {error.strerror or error}. What was there before is "
-                          "unchanged") from error
+    except BaseException as error:  # KeyboardInterrupt between the two renames too
+        outcome = _put_back(path, temporary, old)
+        if not isinstance(error, OSError):
+            raise
+        raise VeneerError(f"{owner}: could not write {path}: {error.strerror or error}. {outcome}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    _sweep(path)
+    shutil.rmtree(old, ignore_errors=True)
+    sweep(path.parent, f".{glob.escape(path.name)}{TEMPORARY}*")
+
+
+def _put_back(path: Path, temporary: Path, old: Path) -> str:
+    """After an error: what was at `path` is there again, unless the new folder is; a sentence that says which."""
+    kept = f", and what was there before is in {old}" if old.exists() else ""
+    if not temporary.exists():
+        return f"The new folder is in its place, but it is not sure that a loss of power would leave it there{kept}"
+    if old.exists() and not path.exists():
+        try:
+            os.replace(old, path)
+        except OSError:
+            return f"What was there before is in {old}"
+    return "What was there before is unchanged"
 
 
 def check_free_name(path: Path, owner: str, overwrite: bool = False) -> None:
@@ -62,11 +73,3 @@ def check_free_name(path: Path, owner: str, overwrite: bool = False) -> None:
     if names and "config.json" not in names and not any(name.endswith(".safetensors") for name in names):
         raise VeneerError(f"{owner}: {str(path)!r} does not look like a model's folder (no config.json and no "
                           "safetensors file in it), so it is not replaced; remove it yourself, or take another name")
-
-
-def _sweep(path: Path) -> None:
-    """Remove what a killed process of an earlier day has left; a younger one may belong to one going on."""
-    for leftover in path.parent.glob(f".{path.name}.veneer-tmp-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
