@@ -27,7 +27,7 @@ def estimate(
     """
     training, found = settings.training, scan(model)
     matrices = [w for w in found if w.is_linear and not w.is_head]
-    weights = _weight_bytes(model)
+    weights = weight_bytes(model)
     dtype = float_dtype(model)
     width = max(dtype.itemsize, torch.float32.itemsize)
     parameters = plan.trainable_parameters
@@ -52,7 +52,8 @@ def estimate(
     return rows
 
 
-def _weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, packed weights as they are held."""
     found: dict[int, int] = {}
     for module in model.modules():
         storage = packed_storage(module)

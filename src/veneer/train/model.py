@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.io.checkpoint import INDEX, SINGLE
 from veneer.method import VeneerError, parse_dtype
 from veneer.train import gguf_header, quantised
 from veneer.train.extras import require
@@ -46,26 +48,28 @@ def load_model(settings: ModelSettings, like: Loaded | None = None) -> Loaded:
         return _load(settings, like)
     quantised.check(settings.quantize)
     scheme, _ = quantised.parse(settings.quantize)
-    if scheme == quantised.GGUF and not _is_gguf(settings):
+    if scheme == quantised.GGUF and not is_gguf(settings):
         raise ModelError(f"model.quantize: 'gguf' keeps the blocks of a GGUF file, and {settings.name!r} is none; take "
                          "another scheme, such as nf4")
     loaded = _load(settings, like)
     if scheme == quantised.GGUF:
-        notes = quantised.notes(hold_blocks(loaded.model, _gguf_path(settings)))
+        notes = quantised.notes(hold_blocks(loaded.model, gguf_path(settings)))
     else:
         notes = quantised.hold(loaded.model, settings.quantize)
     return replace(loaded, source=f"{loaded.source}, linear weights held as {scheme}", notes=notes)
 
 
 def _load(settings: ModelSettings, like: Loaded | None) -> Loaded:
-    return _load_gguf(_gguf_path(settings), settings, like) if _is_gguf(settings) else _load_hub(settings, like)
+    return _load_gguf(gguf_path(settings), settings, like) if is_gguf(settings) else _load_hub(settings, like)
 
 
-def _is_gguf(settings: ModelSettings) -> bool:
+def is_gguf(settings: ModelSettings) -> bool:
+    """Whether the model is loaded from a GGUF file."""
     return settings.name in EMBEDDED or settings.name.endswith(".gguf")
 
 
-def _gguf_path(settings: ModelSettings) -> Path:
+def gguf_path(settings: ModelSettings) -> Path:
+    """That file. Raises `ModelError` where the embedded model is not installed."""
     return _embedded_file(settings.name) if settings.name in EMBEDDED else Path(settings.name).expanduser()
 
 
@@ -83,8 +87,8 @@ def pick_device() -> torch.device:
 def load_skeleton(settings: ModelSettings) -> nn.Module:
     """The model on the meta device: its structure without its weights. Raises `ModelError`."""
     transformers = require("transformers", "loading a model")
-    if _is_gguf(settings):
-        path = _gguf_path(settings)
+    if is_gguf(settings):
+        path = gguf_path(settings)
         source, where = str(path.parent), {"gguf_file": path.name, "local_files_only": True}
         require("gguf", "loading a GGUF file")
     else:
@@ -97,6 +101,51 @@ def load_skeleton(settings: ModelSettings) -> nn.Module:
     trust = {"trust_remote_code": True} if settings.trust_remote_code else {}
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, **trust)
+
+
+def load_structure(settings: ModelSettings) -> Loaded:
+    """`load_model` without the weights: the model is on the meta device. For a Hugging Face model."""
+    transformers = require("transformers", "loading a model")
+    name, where = _hub_source(settings)
+    model: Any = load_skeleton(settings)
+    try:
+        with _quiet_progress():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings, error) from error
+    with contextlib.suppress(OSError):  # a model need not have the file
+        revision = {"revision": where["revision"]} if "revision" in where else {}
+        model.generation_config = transformers.GenerationConfig.from_pretrained(name, **revision)
+    return _finish(model, tokenizer, name)
+
+
+def checkpoint_folder(settings: ModelSettings) -> Path | None:
+    """The local folder with the safetensors files of a Hugging Face model, downloaded if need be; None where it has
+    none. Raises `ModelError`."""
+    if is_gguf(settings):
+        return None
+    require("transformers", "loading a model")
+    name, where = _hub_source(settings)
+    if Path(name).is_dir():
+        return Path(name) if any((Path(name) / file).is_file() for file in (INDEX, SINGLE)) else None
+    try:
+        index = _hub_file(name, INDEX, where)
+        if index is None:
+            single = _hub_file(name, SINGLE, where)
+            return None if single is None else single.parent
+        for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            _hub_file(name, file, where)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings, error) from error
+    return index.parent
+
+
+def _hub_file(name: str, file: str, where: dict[str, Any]) -> Path | None:
+    """A file of a model on the Hub, out of the cache or downloaded; None where the model has it not."""
+    fetch = require("transformers.utils", "loading a model").cached_file
+    options = {"revision": where["revision"]} if "revision" in where else {}
+    found = fetch(name, file, _raise_exceptions_for_missing_entries=False, **options)
+    return None if found is None else Path(found)
 
 
 def _embedded_file(name: str) -> Path:
