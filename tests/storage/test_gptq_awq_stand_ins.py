@@ -104,6 +104,18 @@ def test_such_a_layer_is_not_written(make) -> None:
         storage.encode(layer, read(layer))
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_forward_without_gradient_is_gone_by(compiled: bool) -> None:
+    """autoawq's runs under no_grad, whatever the caller does."""
+    body = {"__module__": "awq.modules.linear.gemm", "forward": torch.no_grad()(WithLinear.forward)}
+    net = nn.Sequential(stand_in_awq(nn.Linear(96, 64), kind=type("WQLinear_GEMM", (WithLinear,), body)))
+    veneer.attach(net, LoRA(rank=2))
+    x = torch.randn(3, 96, requires_grad=True)
+    (torch.compile(net, backend="aot_eager") if compiled else net)(x).sum().backward()
+    torch.testing.assert_close(x.grad, net[0].truth.sum(0).expand(3, -1))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("make", [stand_in_gptq, stand_in_awq])
 def test_a_bias_that_is_a_buffer(make) -> None:
     net = nn.Sequential(make(nn.Linear(96, 64)))

@@ -287,6 +287,24 @@ def test_several_live_adapters_of_all_kinds(case: Case) -> None:
             assert (value - found[1][key]).norm() <= bar * found[1][key].norm(), f"{names}: {key}"
 
 
+@pytest.mark.slow
+@every_case
+def test_compiled(case: Case) -> None:
+    """With graph breaks: a storage's reading need not be traceable."""
+    torch._dynamo.reset()
+    found = []
+    for model, compiled in zip(case.pair(), (True, False), strict=True):
+        veneer.attach(model, LoRA(rank=4))
+        shake(model)
+        torch.manual_seed(0)
+        x = torch.randn(12, 64, requires_grad=True)
+        y = (torch.compile(model, backend="aot_eager") if compiled else model)(x)
+        y.square().sum().backward()
+        found.append((y, x.grad))
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found)
+
+
 @every_case
 def test_explain_names_the_storage(case: Case) -> None:
     packed = case.build()

@@ -75,7 +75,9 @@ class PackedHost(LinearHost):
         """Whether a forward now goes by the weight as dense numbers, and not by the layer's own forward."""
         if self.veneer.dense is not None:
             return True
-        return torch.is_grad_enabled() and not self.storage.own_forward and not torch.compiler.is_compiling()
+        if not torch.is_grad_enabled() or self.storage.own_forward:
+            return False
+        return not (torch.compiler.is_compiling() and self.storage.own_gradient)
 
     def weight_for(self, adapters: Sequence[Adapter]) -> Tensor:
         if self.veneer.dense is not None or any(adapter.reads_weight for adapter in adapters):

@@ -26,6 +26,7 @@ class AWQ(Storage):
     """qweight int32 (in, out/8), qzeros int32 (groups, out/8), scales (groups, out); 4 bits."""
 
     name = "awq"
+    own_gradient = False  # autoawq's forward runs under no_grad
 
     def claims(self, module: nn.Module) -> bool:
         names = class_names(module)

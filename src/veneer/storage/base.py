@@ -31,6 +31,8 @@ class Storage:
     #: the layer computes something else than x Wᵀ of what `read` gives (it rounds activations, say), so that its own
     #: forward must run, and its own backward
     own_forward: ClassVar[bool] = False
+    #: the layer's own forward passes gradients on to its input
+    own_gradient: ClassVar[bool] = True
     #: dense numbers can be put back into this form
     writable: ClassVar[bool] = False
     #: names under which `veneer.quantize` makes it
@@ -125,7 +127,7 @@ def class_names(module: nn.Module) -> list[tuple[str, str]]:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, below a host that lies on it."""
-    return type(module).__dict__.get("veneer_base", type(module))
+    return getattr(type(module), "veneer_base", type(module))
 
 
 def library(name: str, extra: str) -> ModuleType:

@@ -61,6 +61,7 @@ class GGUFBlocks(Storage):
     """`BlockLinear`, and transformers' `GgufLinear`, whose forward needs a kernel for GPUs."""
 
     name = "gguf"
+    own_gradient = False  # that of transformers' kernel
     writable = True
     schemes = tuple(_SCHEMES)
 
@@ -92,6 +93,9 @@ class GGUFBlocks(Storage):
 
     def knows_dtype(self, module: Any) -> bool:
         return isinstance(module, BlockLinear) or module.bias is not None
+
+    def casts_back(self, module: Any) -> bool:
+        return not isinstance(module, BlockLinear)
 
     def read(self, module: Any, dtype: torch.dtype | None = None) -> Tensor:
         return self.decode(module, module._parameters["weight"].data, dtype or self.dtype(module))
