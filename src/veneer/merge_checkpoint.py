@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from veneer.attached import adapter_names
 from veneer.io.checkpoint import INDEX, Checkpoint, companions, config_in, index_of, parse_size, shards
-from veneer.io.checkpoint_names import check_unquantised, names_of, skeleton
+from veneer.io.checkpoint_names import names_of, quantised, skeleton
 from veneer.io.folder import check_free_name, new_folder
 from veneer.io.streaming import Merger
 from veneer.io.tensors import Announced, write_made
@@ -47,7 +47,8 @@ class MergeReport:
 def merge_checkpoint(base: str | Path, adapter: str | Path, out: str | Path, *,
                      dtype: torch.dtype | str | None = None, max_shard_size: int | str | None = None,
                      overwrite: bool = False, strict: bool = True, model: nn.Module | None = None,
-                     allow_pickle: bool = False, progress: Callable[[str], None] | None = None) -> MergeReport:
+                     allow_pickle: bool = False, progress: Callable[[str], None] | None = None,
+                     finish: Callable[[Path], None] | None = None) -> MergeReport:
     """Write the folder `out`: the model in the folder `base` with the adapter at `adapter` merged into it.
 
     base: a local Hugging Face folder (safetensors, in one file or in shards, and config.json), which is read one
@@ -59,7 +60,8 @@ def merge_checkpoint(base: str | Path, adapter: str | Path, out: str | Path, *,
     of weights; default: the base's files. overwrite: replace a model's folder that is at `out`. strict: as for `load`;
     the base's values are compared as they are read. model: the structure (parameters on the meta device, named as in
     the files; used up by the call), for a model that transformers does not build. progress: is given a sentence for
-    each file written.
+    each file written. finish: is given the whole folder before it has its name, to change or add files that are no
+    weights.
 
     `out` appears whole or not at all. Raises `VeneerError` where `load` would; for a base that is not there, not whole
     or quantised; for adapted weights that the files have not; for a bias the model has no place for; for a full disk.
@@ -70,7 +72,11 @@ def merge_checkpoint(base: str | Path, adapter: str | Path, out: str | Path, *,
         raise VeneerError(f"{_OWNER}: dtype is what floating numbers are cast to, got {dtype}")
     check_free_name(out, _OWNER, overwrite)
     _check_apart(base, Path(adapter), out)
-    check_unquantised(base)
+    method = quantised(base)
+    if method is not None:
+        raise VeneerError(f"{_OWNER}: the weights in {base} are quantised ({method}), and a change is lost in so few "
+                          "bits. Give the 16-bit checkpoint that they were made from; or load the model, veneer.load, "
+                          "veneer.merge(model, keep=False) into ordinary numbers, and save it")
     checkpoint = Checkpoint(base, _OWNER)
     try:
         structure = skeleton(base) if model is None else _checked(model)
@@ -90,6 +96,8 @@ def merge_checkpoint(base: str | Path, adapter: str | Path, out: str | Path, *,
             if index is not None:
                 _write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
             merger.finish()
+            if finish is not None:
+                finish(folder)
     finally:
         checkpoint.close()
     return MergeReport(out, merger.merged, tuple(files), sum(sizes.values()), tuple(merger.problems),

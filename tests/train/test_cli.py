@@ -138,7 +138,7 @@ def test_merge_gives_a_plain_model(trained: Path, project: Path, capsys: pytest.
     assert (bare - expected).abs().max() / scale > 1e-2, "the adapter must matter for this to say anything"
     assert main(["merge", str(trained), "--output", "merged"]) == 2
     assert "--output 'merged' is there already and is not empty" in capsys.readouterr().err
-    assert not list(project.glob(".merged-*"))
+    assert not list(project.glob(".merged*"))
 
 
 def test_chat_once_and_its_mistakes(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -166,21 +166,19 @@ def skeleton(folder: Path) -> nn.Module:
             from error
 
 
-def check_unquantised(folder: Path) -> None:
-    """Raise `VeneerError` where the weights in a folder are not ordinary numbers."""
+def quantised(folder: Path) -> str | None:
+    """In what way the weights in a folder are no ordinary numbers, by its config.json, or None where they are."""
     config = folder / "config.json"
     if not config.is_file():
-        return
+        return None
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise VeneerError(f"merge_checkpoint: {config} is no JSON file ({error})") from error
-    quantised = found.get("quantization_config") if isinstance(found, dict) else None
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise VeneerError(f"merge_checkpoint: the weights in {folder} are quantised ({method}), and a change is lost "
-                          "in so few bits. Give the 16-bit checkpoint that they were made from; or load the model, "
-                          "veneer.load, veneer.merge(model, keep=False) into ordinary numbers, and save it")
+    settings = found.get("quantization_config") if isinstance(found, dict) else None
+    if not settings:
+        return None
+    return str(settings.get("quant_method", "unknown")) if isinstance(settings, dict) else "unknown"
 
 
 def _transformers() -> Any:

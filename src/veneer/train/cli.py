@@ -46,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("adapter", help="an adapter, or the folder of a run of `veneer train`")
     _base_arguments(merge)
     merge.add_argument("--output", required=True, metavar="DIR")
+    merge.add_argument("--overwrite", action="store_true", help="replace a model's folder that is there already")
+    merge.add_argument("--max-shard-size", metavar="SIZE", help="of a file of weights, such as 5GB; default: base's")
     merge.set_defaults(run=_merge)
 
     chat = commands.add_parser("chat", help="talk to a model with an adapter")
@@ -138,7 +140,8 @@ def _adapter(path: str) -> str:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from veneer.train.serve import base_settings, merge_to_folder
+    from veneer.train.merging import merge_to_folder
+    from veneer.train.serve import base_settings
 
     arguments.adapter = _adapter(arguments.adapter)
     path = merge_to_folder(base_settings(arguments.adapter, arguments.model, arguments.dtype), arguments)

@@ -1,14 +1,12 @@
-"""Using a trained adapter from the shell: `veneer chat` and `veneer merge`."""
+"""Using a trained adapter from the shell: the base model that it is for, and `veneer chat`."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,10 +16,11 @@ from veneer.train.adapter_files import named_base, run_config
 from veneer.train.encode import Encoder
 from veneer.train.extras import require
 from veneer.train.forms import Example
-from veneer.train.model import Loaded, ModelError, load_model, pick_device
+from veneer.train.model import ModelError, load_model, pick_device
 from veneer.train.schema import build
 from veneer.train.settings import ModelSettings
 
+T = TypeVar("T")
 _NAME = "default"
 _HELP = "/base: the bare model answers   /adapter: the adapter answers   /reset: forget the chat   /quit"
 
@@ -47,10 +46,10 @@ def base_settings(adapter: str | None, model: str | None, dtype: str | None) -> 
     return build(ModelSettings, values, "model")
 
 
-def _load_base(settings: ModelSettings, arguments: argparse.Namespace) -> Loaded:
-    """The base model; where the user did not name it and it cannot be found, the error says how to."""
+def of_base(load: Callable[[ModelSettings], T], settings: ModelSettings, arguments: argparse.Namespace) -> T:
+    """What `load` gives; where the user did not name the base and it cannot be found, the error says how to."""
     try:
-        return load_model(settings)
+        return load(settings)
     except ModelError as error:
         if arguments.model or arguments.adapter is None:
             raise
@@ -58,34 +57,11 @@ def _load_base(settings: ModelSettings, arguments: argparse.Namespace) -> Loaded
         raise ModelError(f"{error}; {hint}") from error
 
 
-def merge_to_folder(settings: ModelSettings, arguments: argparse.Namespace) -> Path:
-    """Write the merged model in Hugging Face form; the folder appears whole or not at all. Raises `VeneerError`."""
-    output = Path(arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise VeneerError(f"--output {str(output)!r} is there already and is not empty")
-    loaded = _load_base(settings, arguments)
-    model: Any = loaded.model
-    veneer.load(model, arguments.adapter, name=_NAME)
-    veneer.merge(model, _NAME, keep=False)
-    veneer.detach(model)
-    veneer.dequantize(model)  # what no adapter lies on
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        model.save_pretrained(temporary)
-        loaded.tokenizer.save_pretrained(temporary)
-        os.chmod(temporary, 0o755)  # mkdtemp's folders are private
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return output
-
-
 class Chat:
     """A conversation with a model whose adapter can be switched off and on."""
 
     def __init__(self, settings: ModelSettings, arguments: argparse.Namespace) -> None:
-        loaded = _load_base(settings, arguments)
+        loaded = of_base(load_model, settings, arguments)
         self.model: Any = loaded.model
         self.tokenizer = loaded.tokenizer
         self.encoder = Encoder(tokenizer=loaded.tokenizer)
