@@ -80,7 +80,8 @@ class Weight:
 
 
 def original(weight: Weight) -> Tensor | None:
-    """The base's own values, also while something is merged into them; None when they are gone."""
+    """The base's own values, also while something is merged into them; None when they are gone, or held in a
+    form that cannot be read."""
     if weight.storage is not None:
         return _original_packed(weight, weight.storage)
     for place in weight.places:
@@ -97,6 +98,8 @@ def original(weight: Weight) -> Tensor | None:
 
 def _original_packed(weight: Weight, storage: Storage) -> Tensor | None:
     module = weight.places[0].module
+    if storage.refusal(module) is not None:
+        return None
     if not isinstance(module, Host) or not module.veneer.merged or module.veneer.requantised is None:
         return weight.read()
     kept = module.veneer.kept.get("weight")

@@ -109,7 +109,7 @@ class PackedHost(LinearHost):
         bias = self.storage.bias(self) if bias is None else bias
         dtype = self.storage.compute_dtype(self, x.dtype)
         bias = None if bias is None else bias.to(dtype)
-        return super().with_terms(x.to(dtype), weight.to(dtype), bias, terms).to(x.dtype)
+        return super().with_terms(x.to(dtype), weight.to(dtype), bias, terms).to(self._output_dtype(x))
 
     def _by_reading(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Sequence[Term]) -> Tensor:
         dtype = self.storage.compute_dtype(self, x.dtype)
@@ -117,9 +117,16 @@ class PackedHost(LinearHost):
             dtype = torch.get_autocast_dtype(x.device.type)
         inner, weight = x.to(dtype), self._read(dtype) if weight.is_meta else weight.to(dtype)
         if terms and ops.choose(inner, weight, terms, packed=True).op != "reference":
-            return ops.linear(inner, weight, bias, terms, lambda: self._read(dtype)).to(x.dtype)
+            return ops.linear(inner, weight, bias, terms, lambda: self._read(dtype)).to(self._output_dtype(x))
         base = read_linear(inner, bias, self._read, weight)
-        return ops.onto(base, inner, bias, terms).to(x.dtype)
+        return ops.onto(base, inner, bias, terms).to(self._output_dtype(x))
+
+    def _output_dtype(self, x: Tensor) -> torch.dtype:
+        """What the layer's own forward gives for x."""
+        device = x.device.type
+        if self.storage.casts_back(self) or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+            return x.dtype
+        return torch.get_autocast_dtype(device)
 
     def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
         storage = self.storage
@@ -180,7 +187,8 @@ class PackedHost(LinearHost):
 
     def restore(self, param: str) -> None:
         if param == "bias" and "bias" not in self._parameters:
-            cast(Any, self).bias = self.veneer.kept.pop("bias")
+            before = self.veneer.kept.pop("bias")  # no parameter, so that it did not move with the model
+            cast(Any, self).bias = None if before is None else before.to(self.storage.carrier(self).device)
             return None
         if param != "weight":
             return super().restore(param)
@@ -192,6 +200,14 @@ class PackedHost(LinearHost):
         return None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `VeneerError` while something is merged that the packed weight in it would be without."""
+        if self.veneer.dense is not None:
+            merged = ", ".join(map(repr, self.veneer.merged))
+            raise VeneerError(
+                f"state_dict: {merged} is merged into layers whose packed weight ({self.storage.name}) was kept, and "
+                "that is what would be written, without the adapter. Merge for good, veneer.merge(model, keep=False), "
+                "to write the merged model; veneer.unmerge(model) first to write the base; or veneer.save, which "
+                "writes the adapter alone")
         found = super().state_dict(*args, **kwargs)
         if own_class(self).state_dict is not nn.Module.state_dict:  # that of a library, which leaves its children out
             into = found if kwargs.get("destination") is None else kwargs["destination"]

@@ -27,7 +27,8 @@ from veneer.method import (
     register,
     without_autocast,
 )
-from veneer.methods.lengths import Stamp, kept_squares
+from veneer.methods.lengths import kept_squares
+from veneer.stamp import Stamp
 
 
 @register("dora")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from veneer.stamp import Stamp
 
 
 def kept_squares(cache: dict[str, Any], weight: Tensor, wide: torch.dtype) -> Tensor:
@@ -25,17 +26,3 @@ def squares(weight: Tensor, wide: torch.dtype) -> Tensor:
     rows = weight.reshape(-1, weight.shape[-1])
     blocks = [block.to(wide).square().sum(-1) for block in rows.split(1024)]
     return torch.cat(blocks).reshape(weight.shape[:-1])
-
-
-class Stamp:
-    """Equal while a tensor is the same memory of the same living tensor with the same contents."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        owner = tensor if tensor._base is None else tensor._base
-        self.owner = weakref.ref(owner)
-        self.version = -1 if tensor.is_inference() else tensor._version
-        self.where = (tensor.data_ptr(), tensor.dtype, tensor.shape)
-
-    def __eq__(self, other: object) -> bool:
-        return (isinstance(other, Stamp) and self.owner() is not None and self.owner() is other.owner()
-                and (self.version, self.where) == (other.version, other.where) and self.version >= 0)

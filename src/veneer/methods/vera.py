@@ -26,8 +26,8 @@ from veneer.method import (
     check_probability,
     register,
 )
-from veneer.methods.lengths import Stamp
 from veneer.methods.options import as_dtype, check_bases, check_bool, check_number, check_seed, largest
+from veneer.stamp import Stamp
 
 
 @register("vera")

@@ -26,8 +26,6 @@ class Storage:
 
     #: as reports show it
     name: ClassVar[str] = ""
-    #: fewer bits than the numbers it is read as; a fresh tensor at every read
-    packed: ClassVar[bool] = True
     #: the layer computes something else than x Wᵀ of what `read` gives (it rounds activations, say), so that its own
     #: forward must run, and its own backward
     own_forward: ClassVar[bool] = False
@@ -35,6 +33,8 @@ class Storage:
     own_gradient: ClassVar[bool] = True
     #: dense numbers can be put back into this form
     writable: ClassVar[bool] = False
+    #: `pack` makes another module than the one it is given
+    replaces: ClassVar[bool] = False
     #: names under which `veneer.quantize` makes it
     schemes: ClassVar[tuple[str, ...]] = ()
 
@@ -85,6 +85,10 @@ class Storage:
     def compute_dtype(self, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
         """In what the layer computes for an input of `dtype`."""
         return dtype
+
+    def casts_back(self, module: nn.Module) -> bool:
+        """Whether the layer's own forward gives the dtype of its input under autocast too."""
+        return False
 
     def read(self, module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in) as dense numbers in `dtype`, or in its own; a fresh tensor without gradient."""

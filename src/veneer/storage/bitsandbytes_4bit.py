@@ -21,6 +21,7 @@ class BitsAndBytes4Bit(Storage):
 
     name = "bitsandbytes 4-bit"
     writable = True
+    replaces = True
     schemes = ("bnb-nf4", "bnb-fp4")
 
     def check(self, scheme: str, options: Mapping[str, Any]) -> None:
@@ -71,6 +72,9 @@ class BitsAndBytes4Bit(Storage):
     def compute_dtype(self, module: Any, dtype: torch.dtype) -> torch.dtype:
         chosen = module.compute_dtype
         return dtype if chosen is None or not module.compute_type_is_set else chosen
+
+    def casts_back(self, module: nn.Module) -> bool:
+        return True
 
     def read(self, module: Any, dtype: torch.dtype | None = None) -> Tensor:
         return self.decode(module, (module._parameters["weight"].data, _state(module)), dtype or self.dtype(module))

@@ -20,6 +20,7 @@ class BitsAndBytes8Bit(Storage):
     name = "bitsandbytes 8-bit"
     own_forward = True
     writable = True
+    replaces = True
     schemes = ("bnb-int8",)
 
     def check(self, scheme: str, options: Mapping[str, Any]) -> None:

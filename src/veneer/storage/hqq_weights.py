@@ -23,6 +23,7 @@ class HQQWeights(Storage):
 
     name = "hqq"
     writable = True
+    replaces = True
     schemes = tuple(f"hqq-{bits}" for bits in _BITS)
 
     def check(self, scheme: str, options: Mapping[str, Any]) -> None:

@@ -114,9 +114,12 @@ class NormalFloat:
             return self.scales
         return _doubly(self.scales, self.outer)
 
-    @torch.no_grad()
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (out, in) in `dtype`, a fresh tensor: each level times its scale in fp32, then rounded."""
+        with torch.no_grad():  # no decorator: torch.compile cannot call a decorated method of an object it made
+            return self._decode(dtype)
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
         scales = self.absmax()
         table = _table(f"bytes {self.bits}", self.codes.device)
         out = torch.empty(len(scales), self.block, dtype=dtype, device=self.codes.device)

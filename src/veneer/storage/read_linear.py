@@ -44,6 +44,8 @@ def read_linear(x: Tensor, bias: Tensor | None, read: Callable[[torch.dtype], Te
     weight: W, where it has been read in x's dtype just now."""
     bias = None if bias is None else bias.to(x.dtype)
     weight = read(x.dtype) if weight is None else weight
+    if torch.compiler.is_compiling():  # which would break its graph at a call of `read`; it orders reads as it likes
+        return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _ReadLinear.apply(x, weight, bias, read)
     return F.linear(x, weight, bias)

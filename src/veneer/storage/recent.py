@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from veneer.method import VeneerError
+from veneer.stamp import Stamp
+
+Key = tuple[int, torch.dtype]
 
 
 class Recent:
@@ -23,21 +26,21 @@ class Recent:
     def __init__(self) -> None:
         self.limit = 0
         self.size = 0
-        self._held: OrderedDict[tuple[int, torch.dtype], tuple[weakref.ref, Tensor]] = OrderedDict()
+        self._held: OrderedDict[Key, tuple[weakref.ref, list[Stamp], Tensor]] = OrderedDict()
 
     def read(self, module: nn.Module, dtype: torch.dtype, read: Callable[[torch.dtype], Tensor]) -> Tensor:
         """The module's weight in `dtype`, from the store or by `read`."""
         if not self.limit or torch.compiler.is_compiling():
             return read(dtype)
-        key = (id(module), dtype)
+        key, stamps = (id(module), dtype), _stamps(module)
         held = self._held.get(key)
-        if held is not None and held[0]() is module:
+        if held is not None and held[0]() is module and held[1] == stamps:
             self._held.move_to_end(key)
-            return held[1]
+            return held[2]
         value = read(dtype)
         self._drop(key)
         if value.nbytes <= self.limit:
-            self._held[key] = (weakref.ref(module), value)
+            self._held[key] = (weakref.ref(module, lambda _: self._drop(key)), stamps, value)
             self.size += value.nbytes
             self._shrink()
         return value
@@ -47,14 +50,20 @@ class Recent:
         for key in [key for key in self._held if key[0] == id(module)]:
             self._drop(key)
 
-    def _drop(self, key: tuple[int, torch.dtype]) -> None:
+    def _drop(self, key: Key) -> None:
         held = self._held.pop(key, None)
         if held is not None:
-            self.size -= held[1].nbytes
+            self.size -= held[2].nbytes
 
     def _shrink(self) -> None:
         while self.size > self.limit:
             self._drop(next(iter(self._held)))
+
+
+def _stamps(module: nn.Module) -> list[Stamp]:
+    """Of the frozen tensors that the layer holds: codes, scales, whatever they are called."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return [Stamp(tensor) for tensor in tensors if tensor is not None and not tensor.requires_grad]
 
 
 RECENT = Recent()

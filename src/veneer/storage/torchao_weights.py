@@ -35,6 +35,8 @@ _READERS: dict[str, Callable[[Any, torch.dtype], Tensor]] = {
 def holds(tensor: Any) -> bool:
     """Whether a tensor is one of torchao's."""
     return any(kind.__module__.partition(".")[0] == "torchao" for kind in type(tensor).__mro__)
+
+
 #: what a tensor has that does something to the layer's inputs
 _ON_INPUTS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")
 
@@ -80,8 +82,9 @@ class TorchaoWeights(Storage):
 
     def claims(self, module: nn.Module) -> bool:
         weight = module._parameters.get("weight")
-        return (weight is not None and holds(weight) and weight.dim() == 2 and isinstance(module, nn.Linear)
-                and own_class(module).forward is nn.Linear.forward)
+        # The module first: torch.compile follows these lines for every packed layer, and not those of `holds`.
+        return (weight is not None and isinstance(module, nn.Linear) and own_class(module).forward is nn.Linear.forward
+                and holds(weight) and weight.dim() == 2)
 
     def refusal(self, module: Any) -> str | None:
         weight = module._parameters["weight"]
@@ -107,6 +110,11 @@ class TorchaoWeights(Storage):
 
     def dtype(self, module: Any) -> torch.dtype:
         return module._parameters["weight"].dtype
+
+    def casts_back(self, module: Any) -> bool:
+        # Its own products, which autocast does not see; that of float8 only does so beside a bias.
+        kind = type(module._parameters["weight"]).__name__
+        return kind == "Int8Tensor" or (kind == "Float8Tensor" and module.bias is not None)
 
     def read(self, module: Any, dtype: torch.dtype | None = None) -> Tensor:
         return self.decode(module, module._parameters["weight"], dtype or self.dtype(module))
