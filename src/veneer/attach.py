@@ -23,16 +23,18 @@ from veneer.attached import (
     shared_states,
 )
 from veneer.hosts import AttentionHost, Host, host_of
+from veneer.hosts.base import Moved
 from veneer.hosts.direct_readers import guard_direct_readers
 from veneer.hosts.swap import lay, lift
+from veneer.io.fingerprint import Sample, sample
 from veneer.merge import unmerge
-from veneer.method import Adapter, Method, NewBase, Shared, VeneerError, VeneerWarning
-from veneer.plan import Evidence, Plan, Rules, plan_warning, portioned
+from veneer.method import Adapter, Method, Shared, VeneerError, VeneerWarning, without_autocast
+from veneer.notices import tell
+from veneer.plan import Evidence, Plan, PlanEntry, Rules, plan_warning, portioned
+from veneer.rebase import Rewrite, prepare, write
 from veneer.route import Route, RowNames
 from veneer.statistics import Statistics
-from veneer.storage import dense, packed
-from veneer.storage.recent import RECENT
-from veneer.weights import Place, base_modules
+from veneer.weights import base_modules
 
 __all__ = ["Attached", "activate", "adapter_names", "attach", "attached", "detach", "disabled", "hosts", "route",
            "routes", "shared_states"]
@@ -51,10 +53,11 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
     name. Some of them give each weight a rank of its own; a weight that gets none is left alone.
 
     A start that moves a part of the base weight into the adapter (residual="base", LoftQ) rewrites that weight, and
-    detach does not bring it back.
+    detach does not bring it back. Either all such weights are rewritten or none.
 
     Returns the same model. Raises `VeneerError` for a bad rule (see `plan`), a name in use, a plan made for
-    another model, statistics that are missing or of another model, or a merged model, before anything has been touched.
+    another model, statistics that are missing or of another model, a merged model, or such a start on a weight that is
+    on the meta device, before anything has been touched.
     """
     _check_name(model, name)
     refuse_merged(model, "attach")
@@ -64,17 +67,20 @@ def attach(model: nn.Module, rules: Rules | Plan, name: str = "default", seed: i
         statistics.check(model)
     made = portioned(rules if isinstance(rules, Plan) else plan_warning(model, rules), statistics)
     _no_adapters_on_moved(made)
+    _no_moved_on_meta(made)
     adapters = _build(made, seed, statistics or {})
-    _no_packed_moved(made, [base for _, base in adapters])
+    _tell(made, adapters)  # before anything is touched: a filter may turn a warning into an error
+    kept = _samples([rewrite for _, rewrite in adapters if rewrite is not None])
+    write([rewrite for _, rewrite in adapters if rewrite is not None])
     known = routes(model)
     route = known[0] if known else Route()
-    for entry, (adapter, base) in zip(made.entries, adapters, strict=True):
+    for entry, (adapter, rewrite) in zip(made.entries, adapters, strict=True):
         for place in entry.weight.places:
-            kind = place.host if base is None else _rebase(place, base)
-            host = lay(place.module, kind, (place.param,), route)
+            packed = rewrite is not None and rewrite.held is not None
+            host = lay(place.module, host_of(place.module)[0] if packed else place.host, (place.param,), route)
             host.veneer.layouts[place.param] = place.layout
-            if base is not None:
-                host.veneer.moved[place.param] = str(entry.method)
+            if rewrite is not None:
+                host.veneer.moved[place.param] = Moved(str(entry.method), kept[entry.name])
             if name not in host.adapters:
                 host.adapters[name] = nn.ModuleDict()
             host.adapters[name][place.param] = adapter  # type: ignore[operator]
@@ -116,33 +122,19 @@ def _no_adapters_on_moved(made: Plan) -> None:
                                       "on which another adapter lies already; detach that one first")
 
 
-def _no_packed_moved(made: Plan, bases: Sequence[NewBase | None]) -> None:
-    """What a start made of a packed weight must be held as it is: packing it once more would round it again."""
-    for entry, base in zip(made.entries, bases, strict=True):
-        storage, module = entry.weight.storage, entry.weight.places[0].module
-        if base is not None and storage is not None and not storage.takes(module, base.packed):
-            raise VeneerError(f"attach: the start of {entry.method} rewrites the base weight, and {entry.name!r} is "
-                              f"held as {storage.name} already, which would round what it writes. Load the model in "
-                              "ordinary numbers, or attach with a plain start and then use "
-                              "veneer.replace_lora_weights_loftq(model, originals)")
+def _no_moved_on_meta(made: Plan) -> None:
+    for entry in made.entries:
+        if entry.method.moves_base and not entry.given and entry.weight.tensor.is_meta:
+            raise VeneerError(f"attach: the start of {entry.method} rewrites the base weight {entry.name!r}, which is "
+                              "on the meta device and has no values yet: load the base weights first, then attach")
 
 
-def _rebase(place: Place, base: NewBase) -> type[Host]:
-    """Write what a start made of the base weight; returns the host for the layer as it is then."""
-    module, storage = place.module, place.storage
-    if storage is not None:
-        storage.swap(module, base.packed)
-        RECENT.forget(module)
-        return place.host
-    stored = module._parameters[place.param]
-    assert stored is not None
-    if base.packed is not None and packed.refusal(module) is None:
-        return host_of(packed.install(module, base.packed))[0]  # type: ignore[arg-type]
-    dense.swap(stored, place.layout.stored(base.matrix).to(stored.device, stored.dtype))
-    return place.host
+def _samples(rewrites: Sequence[Rewrite]) -> dict[str, Sample]:
+    """Of the base weights that are about to be rewritten: by these a file knows the base again."""
+    return {rewrite.weight.name: sample(rewrite.weight) for rewrite in rewrites}
 
 
-def _build(made: Plan, seed: int, statistics: Evidence) -> list[tuple[Adapter, NewBase | None]]:
+def _build(made: Plan, seed: int, statistics: Evidence) -> list[tuple[Adapter, Rewrite | None]]:
     """The adapters of a plan, filled, not yet attached, and what each makes of its base weight."""
     states: dict[Method, Shared | None] = {}
     adapters = []
@@ -158,13 +150,31 @@ def _build(made: Plan, seed: int, statistics: Evidence) -> list[tuple[Adapter, N
         adapter.seed_key = f"{seed}/{entry.name}"
         adapter.method = method
         adapter.evidence = statistics.get(entry.name)
-        with torch.no_grad():
-            started = adapter.needs_weight and not entry.given
-            base = adapter.initialise(layout.matrix(weight.read()) if started else None)
-            adapter.pending &= not entry.given
-        adapter.evidence = None
-        adapters.append((adapter, base))
+        adapters.append((adapter, _start(entry, adapter)))
     return adapters
+
+
+@torch.no_grad()
+def _start(entry: PlanEntry, adapter: Adapter) -> Rewrite | None:
+    """Give an adapter its first values; what becomes of the base weight, without anything of fp32 that is not kept."""
+    weight, started = entry.weight, adapter.needs_weight and not entry.given
+    with without_autocast(weight.tensor):
+        base = adapter.initialise(weight.layout.matrix(weight.read()) if started else None)
+    adapter.pending &= not entry.given
+    if not adapter.pending:
+        adapter.evidence = None
+    return None if base is None else prepare(entry, base)
+
+
+def _tell(made: Plan, adapters: Sequence[tuple[Adapter, Rewrite | None]]) -> None:
+    texts: dict[str, list[str]] = {}
+    for entry, (adapter, rewrite) in zip(made.entries, adapters, strict=True):
+        found = [part.remark for part in adapter.modules() if isinstance(part, Adapter) and part.remark]
+        if rewrite is not None and rewrite.loose is not None:
+            found.append(f"{entry.method} makes a packed weight, which is held as ordinary numbers: {rewrite.loose}")
+        for text in found:
+            texts.setdefault(text, []).append(entry.name)
+    tell(texts)
 
 
 def _shared(method: Method, dtype: torch.dtype, seed_key: str) -> Shared | None:
@@ -214,7 +224,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         route.live = tuple(n for n in route.live if n not in names or n in left)
     needed = _still_needed(found)
     moved = {why for host in found if not needed[id(host)] and id(host) not in final  # what is merged is whole again
-             for why in host.veneer.moved.values()}
+             for why in (each.start for each in host.veneer.moved.values())}
     for host in found:
         if not needed[id(host)]:
             lift(host)

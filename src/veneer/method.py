@@ -156,8 +156,9 @@ class Adapter(nn.Module):
         self.method: Method | None = None  # what this was built from, set by `attach`
         self.seed_key = ""
         self.pending = False  # `start` still owed, because the weight was on the meta device
-        #: this weight's statistics by name, there while a method that `needs` them is started
+        #: this weight's statistics by name, there until a method that `needs` them is started
         self.evidence: Mapping[str, Tensor] | None = None
+        self.remark = ""  # what the start has to say about this weight, for a warning
         self._cache: dict[str, Any] = {}
 
     # -- what a method defines ------------------------------------------------------------------------
@@ -300,7 +301,7 @@ class Adapter(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping, prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(prefix + key in state_dict for key in self._parameters):
-            self.pending = False
+            self.pending, self.evidence = False, None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

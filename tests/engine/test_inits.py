@@ -420,14 +420,35 @@ def test_residual_base_refuses_a_weight_with_other_adapters():
     veneer.attach(model, {"*.up": LoRA(rank=2, init="pissa")}, name="second")  # this one writes nothing
 
 
-def test_residual_base_cannot_wait_for_the_weights():
+@pytest.mark.parametrize("method", [LoRA(rank=2, init="pissa", residual="base"), DoRA(LoRA(rank=2, init="loftq"))])
+def test_a_start_that_rewrites_the_weight_cannot_wait_for_it(method):
     with torch.device("meta"):
         model = Net()
-    veneer.attach(model, {"*.up": LoRA(rank=2, init="pissa", residual="base")})
-    model.to_empty(device="cpu")
-    model.load_state_dict(Net().state_dict(), strict=False)
-    with pytest.raises(VeneerError, match="load the base weights first, then attach"):
-        model(ids())
+    with pytest.raises(VeneerError, match=r"'layers.0.up', which is on the meta device.*load the base weights first"):
+        veneer.attach(model, {"*.up": method})
+    assert not any("adapters" in key for key, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=4, init="pissa", residual="base"), DoRA(LoRA(rank=4)),
+                                    DoRA(LoRA(rank=4, init="olora", residual="base"))], ids=str)
+def test_autocast_does_not_reach_a_start(method):
+    torch.manual_seed(0)
+    plain = Net()
+    inside, later = copy.deepcopy(plain), None
+    if not method.moves_base:
+        with torch.device("meta"):
+            later = Net()
+        veneer.attach(later, {"*.up": method})
+        later.to_empty(device="cpu").load_state_dict(plain.state_dict(), strict=False)
+    veneer.attach(plain, {"*.up": method})
+    with torch.autocast("cpu", torch.bfloat16):
+        veneer.attach(inside, {"*.up": method})
+        if later is not None:
+            later(ids())
+    for model in (inside, later):
+        if model is not None:
+            state = model.state_dict()
+            assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
 
 
 def test_a_start_without_a_product_moves_nothing():

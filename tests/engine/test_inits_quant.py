@@ -249,7 +249,7 @@ def test_what_holds_no_packed_weight_takes_it_as_numbers():
 def test_a_base_that_is_quantised_already_is_warned_of():
     model = Net()
     veneer.quantize(model, "nf4", double=False)
-    with pytest.warns(VeneerWarning, match="LoftQ: quantising this weight changes nothing.*replace_lora_weights_loftq"):
+    with pytest.warns(VeneerWarning, match="LoftQ: quantising changes nothing.*replace_lora_weights_loftq"):
         veneer.attach(model, LoRA(rank=8, init="loftq"))
 
 

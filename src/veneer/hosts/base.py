@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.forms import Form
-from veneer.method import Adapter, Shape, VeneerError, VeneerWarning
+from veneer.method import Adapter, Shape, VeneerError, VeneerWarning, without_autocast
 from veneer.ops import Term
 from veneer.route import Route
 from veneer.storage import dense
@@ -65,6 +65,15 @@ class Layout:
         return (matrix.mT.contiguous() if self.transposed else matrix).reshape(self.native)
 
 
+@dataclass(frozen=True)
+class Moved:
+    """A base weight that a start has rewritten: which start, and by what the weight as it was is known again
+    (`io.fingerprint.Sample`)."""
+
+    start: str
+    sample: Any
+
+
 class HostState:
     """What a host remembers beside its parameters. Plain attributes: it travels with copies and pickles."""
 
@@ -79,7 +88,7 @@ class HostState:
         self.input_dtype: torch.dtype | None = None  # of a packed layer's last input
         self.requantised: tuple[float, float] | None = None  # ‖ΔW‖² of one that was packed again, and what was lost
         self.kept_on: torch.device | None = None  # where that one lay
-        self.moved: dict[str, str] = {}  # parameters of which a start took a part away, and which start
+        self.moved: dict[str, Moved] = {}  # parameters of which a start took a part away
         self.shown: dict[str, Tensor] | None = None  # adapted weights, only while this module's forward runs
         self.read: set[str] = set()  # which of them that forward has asked for
         # Routes of forwards since the last backward that recomputed this layer, with and without gradients.
@@ -173,12 +182,12 @@ class Host(nn.Module):
         weight = self.base_matrix(param)
         if weight.is_meta or adapter.on_meta():
             return
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(weight):
             moved = adapter.start(weight)
         if moved is not None:
             raise VeneerError(f"the start of {adapter.method} moves a part of the base weight into the adapter, which "
                               "cannot be done after the attach: load the base weights first, then attach")
-        adapter.pending = False
+        adapter.pending, adapter.evidence = False, None
 
     def requantised(self, param: str, adapters: Sequence[Adapter]) -> Requantised | None:
         """A packed weight with these adapters in it, packed again, for `write`; None for a parameter that is none."""

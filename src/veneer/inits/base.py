@@ -21,13 +21,14 @@ class Started(NamedTuple):
 
     base: what the base weight is to become (out, in), where the start moves a part of it that the pair is not (LoftQ's
     quantised weight); None leaves it to `LoRA.residual`. packed: the same in packed form, an encoded matrix of
-    `veneer.storage.normal_float`, or None.
+    `veneer.storage.normal_float`, or None. remark: what the user should know of this weight, for a warning.
     """
 
     A: Tensor
     B: Tensor
     base: Tensor | None = None
     packed: Any = None
+    remark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,8 @@ class Init(Part):
         found = [self.factors(W, size, rank, scale, generator, evidence) for W in matrices]
         bases = [one.base for one in found if one.base is not None]
         A, B = (torch.stack(part).unflatten(0, batch) for part in ([f.A for f in found], [f.B for f in found]))
-        return Started(A, B, torch.stack(bases).unflatten(0, batch) if bases else None)
+        remark = next((one.remark for one in found if one.remark), "")
+        return Started(A, B, torch.stack(bases).unflatten(0, batch) if bases else None, remark=remark)
 
     def ranks(self, evidence: Mapping[str, Evidence], rank: int) -> dict[str, int]:
         """Each weight's rank, from the statistics of all weights of one method; 0 leaves a weight alone."""

@@ -8,7 +8,6 @@ SVDQuant for weights.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from veneer.inits.base import Evidence, Init, Started, register_init
 from veneer.inits.random import Kaiming, check_choice
-from veneer.method import VeneerError, VeneerWarning, check_positive_int, without_autocast
+from veneer.method import VeneerError, check_positive_int, without_autocast
 from veneer.storage.normal_float import NormalFloat, check_settings, encode
 
 FIRST = ("quantize", "svd")
@@ -107,8 +106,8 @@ class LoftQ(Init):
     pair before Q as in QPiSSA, which leaves less of the error (docs/inits.md).
     packed: hold Q in those bits where the layer can; False keeps it as ordinary numbers, rounded to the base's dtype.
 
-    Raises `VeneerError` for a scale of zero, or a weight with NaN or infinite values; warns where the weight is
-    quantised so already.
+    Raises `VeneerError` for a scale of zero, or a weight with NaN or infinite values; attaching warns where the
+    weight is quantised so already.
     """
 
     bits: int = 4
@@ -135,8 +134,7 @@ class LoftQ(Init):
         quantize = partial(encode, bits=self.bits, block=self.block, double=self.double)
         steps = alternate(weight, rank, scale, quantize, self.iterations, generator, self.first)
         best = min(steps, key=lambda step: step.error)
-        _warn_if_exact("LoftQ", weight, best)
-        return Started(best.A, best.B, best.base, best.packed if self.packed else None)
+        return Started(best.A, best.B, best.base, best.packed if self.packed else None, _remark("LoftQ", weight, best))
 
 
 @register_init("svdquant")
@@ -145,7 +143,7 @@ class SVDQuant(Init):
     """s·BA is the nearest of rank r to W − Q, with Q = quantize(W), which the base becomes.
 
     bits, block, double, packed: as in `LoftQ`. With bits=None nothing is known of how the weight will be quantised:
-    the pair starts as "kaiming" does, with a `VeneerWarning`.
+    the pair starts as "kaiming" does, and attaching warns of it.
     """
 
     bits: int | None = None
@@ -168,22 +166,24 @@ class SVDQuant(Init):
         _check_scale("SVDQuant", scale)
         quantize = partial(encode, bits=self.bits, block=self.block, double=self.double)
         step = next(alternate(weight, rank, scale, quantize, 1, generator))
-        _warn_if_exact("SVDQuant", weight, step)
-        return Started(step.A, step.B, step.base, step.packed if self.packed else None)
+        remark = _remark("SVDQuant", weight, step)
+        return Started(step.A, step.B, step.base, step.packed if self.packed else None, remark)
 
 
 def _no_quantizer(shape: tuple[int, int], rank: int, generator: torch.Generator) -> Started:
-    warnings.warn("SVDQuant: no quantiser is known for this weight, so its pair starts as 'kaiming' does, with B = 0. "
-                  "Say how the weight is to be quantised, SVDQuant(bits=4), or, for a model that is quantised already, "
-                  "call veneer.replace_lora_weights_loftq(model, originals) after attach", VeneerWarning, stacklevel=3)
-    return Kaiming().factors(None, shape, rank, 1.0, generator, None)
+    plain = Kaiming().factors(None, shape, rank, 1.0, generator, None)
+    return plain._replace(remark=(
+        "SVDQuant: no quantiser is known here, so the pair starts as 'kaiming' does, with B = 0. Say how the weight is "
+        "to be quantised, SVDQuant(bits=4), or, for a model that is quantised already, call "
+        "veneer.replace_lora_weights_loftq(model, originals) after attach"))
 
 
-def _warn_if_exact(owner: str, weight: Tensor, step: Iterate) -> None:
-    if step.error == 0 and bool(weight.any()):
-        warnings.warn(f"{owner}: quantising this weight changes nothing, so there is nothing for the pair to make up "
-                      "for; on a model that is quantised already, call veneer.replace_lora_weights_loftq(model, "
-                      "originals) with the weights it had before", VeneerWarning, stacklevel=3)
+def _remark(owner: str, weight: Tensor, step: Iterate) -> str:
+    if step.error or not bool(weight.any()):
+        return ""
+    return (f"{owner}: quantising changes nothing here, so there is nothing for the pair to make up for; on a model "
+            "that is quantised already, call veneer.replace_lora_weights_loftq(model, originals) with the weights it "
+            "had before")
 
 
 def _check_scale(owner: str, scale: float) -> None:

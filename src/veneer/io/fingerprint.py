@@ -5,7 +5,8 @@ recognised: both sides are rounded to the narrower dtype and must then be equal 
 where neither holds the other, they must agree to bfloat16's precision). What an adapter replaces as a whole
 (`Full`, the rows of `Rows`) is left out: it does not matter what the base has there.
 
-Values are those of the base itself: of merged weights the kept originals. A difference that touches none of
+Values are those of the base itself: of merged weights the kept originals, of weights that a start has rewritten those
+from before, of which a sample was kept. A difference that touches none of
 the sampled elements goes unseen; a fine-tuned base differs nearly everywhere.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.hosts import Host
 from veneer.method import Method, parse_dtype
 from veneer.methods import Full, Rows
 from veneer.sharding import is_sharded
@@ -48,19 +51,23 @@ class Sample:
 
 @dataclass
 class Fingerprint:
-    """Samples by weight name. `rows` are trained rows, from which nothing is sampled."""
+    """Samples by weight name. `rows` are trained rows, from which nothing is sampled. `rewritten`: what starts have
+    made of weights, which are in `samples` as they were before; the digest is without them."""
 
     count: int
     rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
     samples: dict[str, Sample] = field(default_factory=dict)
+    rewritten: dict[str, Sample] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """SHA-256 (hex) of everything: equal for equal bases in equal dtypes."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 (hex) of the base: equal for equal bases in equal dtypes."""
+        base = {key: value for key, value in self.to_dict().items() if key != "rewritten"}
+        return hashlib.sha256(json.dumps(base, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        weights = {name: [list(s.shape), s.dtype, _encode(s.values)] for name, s in self.samples.items()}
-        return {"count": self.count, "rows": {k: list(v) for k, v in self.rows.items()}, "weights": weights}
+        made = {"count": self.count, "rows": {k: list(v) for k, v in self.rows.items()},
+                "weights": _to_plain(self.samples)}
+        return made | {"rewritten": _to_plain(self.rewritten)} if self.rewritten else made
 
     def unknown(self, methods: Mapping[str, Method]) -> int:
         """How many weights that matter could not be sampled: merged for good, on meta, or sharded."""
@@ -70,9 +77,17 @@ class Fingerprint:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
         found = cls(int(data["count"]), {k: tuple(v) for k, v in data["rows"].items()})
-        for name, (shape, dtype, text) in data["weights"].items():
-            found.samples[name] = Sample(tuple(shape), dtype, _decode(text, dtype.rpartition(" as ")[2]))
+        found.samples, found.rewritten = _from_plain(data["weights"]), _from_plain(data.get("rewritten", {}))
         return found
+
+
+def _to_plain(samples: Mapping[str, Sample]) -> dict[str, list]:
+    return {name: [list(s.shape), s.dtype, _encode(s.values)] for name, s in samples.items()}
+
+
+def _from_plain(data: Mapping[str, Any]) -> dict[str, Sample]:
+    return {name: Sample(tuple(shape), dtype, _decode(text, dtype.rpartition(" as ")[2]))
+            for name, (shape, dtype, text) in data.items()}
 
 
 def fingerprint(weights: list[Weight], methods: Mapping[str, Method]) -> Fingerprint:
@@ -83,7 +98,27 @@ def fingerprint(weights: list[Weight], methods: Mapping[str, Method]) -> Fingerp
     for weight in weights:
         skip = isinstance(methods.get(weight.name), Full)
         made.samples[weight.name] = _sample(weight, count, rows.get(weight.name, ()), skip)
+        if moved(weight):
+            made.rewritten[weight.name] = _present(weight, count, (), skip)
     return made
+
+
+def begun_elsewhere(saved: Fingerprint, weights: list[Weight]) -> list[str]:
+    """Which of these weights, on which a start is to be run again, are held in another form than the one it was run on
+    then, so that it would give something else; unless they are what that start made of them."""
+    out = []
+    for weight in weights:
+        then = saved.samples.get(weight.name)
+        if then is None or then.values is None:
+            continue
+        now = _sample(weight, saved.count, saved.rows.get(weight.name, ()), False)
+        made, here = saved.rewritten.get(weight.name), _sample(weight, saved.count, (), False)
+        is_made = made is not None and made.values is not None and same_values(made.values, here.values)
+        if now.packed != then.packed and not is_made and not same_values(then.values, now.values):
+            out.append(f"{weight.name!r} is held as {now.dtype} here and was {then.dtype} when its adapter was started "
+                       "from it; the start must be run again, and from other numbers it gives another adapter. Load "
+                       "the base model as it was")
+    return out
 
 
 def compare(saved: Fingerprint, weights: list[Weight], made: str = "this adapter was trained on") -> list[str]:
@@ -103,18 +138,45 @@ def compare(saved: Fingerprint, weights: list[Weight], made: str = "this adapter
     return out
 
 
-@torch.no_grad()
+def sample(weight: Weight) -> Sample:
+    """Of a weight whose values are about to be rewritten: enough for the fingerprint of any model it is part of."""
+    return _sample(weight, _MOST, (), False)
+
+
 def _sample(weight: Weight, count: int, but_rows: tuple[int, ...], skip: bool) -> Sample:
+    """Of the weight as it was before a start rewrote it, where one did."""
+    for place in weight.places:
+        if isinstance(place.module, Host) and place.param in place.module.veneer.moved:
+            return _fewer(place.module.veneer.moved[place.param].sample, count, but_rows, skip)
+    return _present(weight, count, but_rows, skip)
+
+
+def _fewer(wide: Sample, count: int, but_rows: tuple[int, ...], skip: bool) -> Sample:
+    """What `_present` would have given, out of a sample of `_MOST` values of every row."""
+    if skip or wide.values is None:
+        return Sample(wide.shape, wide.dtype, None)
+    size = math.prod(wide.shape)
+    wanted = set(_chosen(wide.shape, count, but_rows))
+    return Sample(wide.shape, wide.dtype, wide.values[[at in wanted for at in _positions(size, _MOST)]])
+
+
+@torch.no_grad()
+def _present(weight: Weight, count: int, but_rows: tuple[int, ...], skip: bool) -> Sample:
     shape, dtype = weight.layout.native, str(weight.dtype).removeprefix("torch.")
     dtype = dtype if weight.storage is None else f"{weight.storage.name} as {dtype}"
-    tensor = None if skip or moved(weight) else original(weight)
+    tensor = None if skip else original(weight)
     if tensor is None or tensor.is_meta or not tensor.numel() or is_sharded(tensor):
         return Sample(shape, dtype, None)
-    at = [i for i in _positions(tensor.numel(), count) if not but_rows or i // tensor[0].numel() not in but_rows]
+    at = _chosen(tuple(tensor.shape), count, but_rows)
     index = torch.tensor(at, dtype=torch.int64, device=tensor.device)
     # By coordinates: flattening a transposed weight would copy it.
     values = tensor[torch.unravel_index(index, tensor.shape)] if at else tensor.new_empty(0)
     return Sample(shape, dtype, values.detach().cpu())
+
+
+def _chosen(shape: tuple[int, ...], count: int, but_rows: tuple[int, ...]) -> list[int]:
+    size, row = math.prod(shape), math.prod(shape[1:])
+    return [at for at in _positions(size, count) if not but_rows or at // row not in but_rows]
 
 
 def _positions(size: int, count: int) -> list[int]:

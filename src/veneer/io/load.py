@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from veneer.attach import attach
 from veneer.attached import adapter_names, attached, hosts
 from veneer.io import store
+from veneer.io.fingerprint import begun_elsewhere
 from veneer.io.reading import read_records
 from veneer.io.records import SHOWN, Record
 from veneer.method import Adapter, Method, VeneerError, method_class, method_to_dict
@@ -57,6 +58,9 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     model = unwrap(model)
     stored, weights, records, problems = read_records(model, path, allow_pickle)
     existing = name in adapter_names(model)
+    if stored.fingerprint is not None:
+        started = {record.name for record in records if is_started(record)}
+        problems += begun_elsewhere(stored.fingerprint, [weight for weight in weights if weight.name in started])
     if existing:
         problems += _against_existing(model, name, records)
     if problems and strict:
@@ -132,7 +136,8 @@ def _meaning(method: Method) -> Any:
 
 def attach_records(model: nn.Module, weights: list[Weight], records: list[Record], name: str,
                    stored: store.Stored) -> None:
-    """Attach what the records say, by methods alone: `fill` gives the values."""
+    """Attach what the records say, by methods alone: `fill` gives the values. On the meta device nothing is started:
+    whoever attaches there does that with each weight, or must not have any such record."""
     chosen = {record.name: record.method for record in records}
     rules: dict[str, Method | None] = {}
     for weight in weights:
@@ -146,13 +151,18 @@ def attach_records(model: nn.Module, weights: list[Weight], records: list[Record
     seed = stored.manifest.seed if stored.manifest else None
     made = resolve(model, weights, rules)
     started = {record.name for record in records if is_started(record)}
-    entries = [dataclasses.replace(entry, given=entry.name not in started) for entry in made.entries]
+    entries = [dataclasses.replace(entry, given=entry.name not in started or entry.weight.tensor.is_meta)
+               for entry in made.entries]
     attach(model, dataclasses.replace(made, entries=entries), name, seed=seed or 0)
 
 
 def _refuse_rewritten(weights: list[Weight], records: list[Record]) -> None:
+    without = {weight.name for weight in weights if weight.tensor.is_meta}
     rewritten = {weight.name for weight in weights if moved(weight)}
     for record in records:
+        if is_started(record) and record.name in without:
+            raise VeneerError(f"load: the adapter of {record.name!r} begins at the base weight, which is on the meta "
+                              "device and has no values yet; load the base model first")
         if is_started(record) and record.name in rewritten:
             raise VeneerError(f"load: the adapter of {record.name!r} begins at the base weight that it was trained on, "
                               "and the start of another adapter has rewritten that one here; load the base model anew")
@@ -179,7 +189,7 @@ def fill_adapter(adapter: Adapter, record: Record) -> None:
     own = adapter.state_dict()
     given = {k: spread_like(t, own[k]) if k in own else t for k, t in record.tensors.items()}
     adapter.unpack({part: own[part] for part in record.restarted} | given)
-    adapter.pending = False
+    adapter.pending, adapter.evidence = False, None
 
 
 def _listing(stored: store.Stored, problems: list[str]) -> str:

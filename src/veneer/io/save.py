@@ -72,8 +72,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, dress: Dr
     methods = {r.name: r.method for r in records}
     print_ = fingerprint(weights, methods)
     unknown = print_.unknown(methods)
-    notes = [f"{unknown} base weights could not be read (merged for good, rewritten by a start, on meta or "
-             "sharded) and are not part of the base's fingerprint"] if unknown else []
+    notes = [f"{unknown} base weights could not be read (merged for good, on meta or sharded) and "
+             "are not part of the base's fingerprint"] if unknown else []
     notes += [note for state in shared_states(model, name) for note in state.notes()]
     notes += _on_rewritten(model, name)
     seed = _seed(model, name)

@@ -206,10 +206,11 @@ class LoRAAdapter(Adapter):
     def _begin(self, weight: Tensor | None) -> Started:
         wide = weight.float() if weight is not None and self.rule.from_weight else None
         try:
-            with without_autocast(self.A):
+            with without_autocast(self.A):  # also when `to_empty` fills what was attached on the meta device
                 began = self.rule.stack(wide, self.shape, self.rank, self.scale, self.generator(), self.evidence)
         except VeneerError as error:
             raise VeneerError(f"{self.seed_key.partition('/')[2]!r}: {error}") from error
+        self.remark = began.remark
         for tensor, value in ((self.A, began.A), (self.B, began.B), (self.start_A, began.A), (self.start_B, began.B)):
             if tensor is not None:
                 tensor.copy_(value)
