@@ -95,13 +95,12 @@ def merge_checkpoint(base: str | Path, adapter: str | Path, out: str | Path, *,
             index = index_of(checkpoint, files, sizes)
             if index is not None:
                 _write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-            merger.finish()
             if finish is not None:
                 finish(folder)
     finally:
         checkpoint.close()
-    return MergeReport(out, merger.merged, tuple(files), sum(sizes.values()), tuple(merger.problems),
-                       tuple(merger.notes))
+    done = merger.structure
+    return MergeReport(out, done.merged, tuple(files), sum(sizes.values()), tuple(done.problems), tuple(done.notes))
 
 
 def _checked(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from torch import nn
 
 import veneer
 from veneer import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
-from veneer.io import streaming
+from veneer.io import structure
 from veneer.io.checkpoint import Checkpoint, parse_size
 from veneer.io.tensors import read_tensors
 from veneer.method import VeneerError
@@ -265,7 +265,7 @@ def test_one_weight_at_a_time(bases, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return call
 
     monkeypatch.setattr(Checkpoint, "read", watched(Checkpoint.read))
-    monkeypatch.setattr(streaming, "merged_value", watched(streaming.merged_value))
+    monkeypatch.setattr(structure, "merged_value", watched(structure.merged_value))
     veneer.merge_checkpoint(base, adapter, tmp_path / "out")
     assert len(alive) > 30
     assert most[0] <= 2, "a weight and what it becomes"
