@@ -260,6 +260,22 @@ def test_an_adapter_saved_in_the_same_folder_is_no_original(tmp_path):
     assert len(replace_lora_weights_loftq(model, tmp_path).replaced) == 4
 
 
+def test_only_the_files_that_the_index_names_count(tmp_path):
+    model, before = quantised()
+    expected = copy.deepcopy(model)
+    replace_lora_weights_loftq(expected, before)
+    save_file({name: -tensor for name, tensor in before.items()}, tmp_path / "model-old.safetensors")
+    save_file(before, tmp_path / "part.safetensors")
+    refused(model, tmp_path, "is in model-old.safetensors and in part.safetensors of .*, and no .* says which counts")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(before, "part.safetensors")}))
+    replace_lora_weights_loftq(model, tmp_path)
+    assert same(pairs(model), pairs(expected))
+    where = {**dict.fromkeys(before, "part.safetensors"), "more": "lost.safetensors"}
+    index.write_text(json.dumps({"weight_map": where}))
+    refused(model, tmp_path, "lost.safetensors, which .*index.json names, is not there: the folder is not whole")
+
+
 # -- what is left alone, what is refused --------------------------------------------------------------------
 def test_other_methods_of_the_same_name_are_left_and_named():
     model, before = quantised({"layers.*": LoRA(rank=8), "head": Full()})
@@ -328,8 +344,8 @@ def test_places_where_there_are_no_originals(tmp_path):
     model, _ = quantised()
     refused(model, tmp_path / "nowhere", "there is nothing at .*nowhere. Local paths are read, and nothing")
     (tmp_path / "config.json").write_text("{}")
-    refused(model, tmp_path, "no .safetensors file of a model in .*; it has: config.json")
+    refused(model, tmp_path, "no safetensors file of a model in .*; it has: config.json.*: load the model, and give")
     refused(model, tmp_path / "config.json", "config.json is no .safetensors file, and only those can be read")
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    refused(model, tmp_path, "model.safetensors is no complete safetensors file")
+    refused(model, tmp_path, r"model.safetensors \(9 bytes\) is no complete safetensors file")
     refused(model, 7, "must be a folder, a .safetensors file or a mapping from names to tensors, got int")

@@ -21,14 +21,15 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
             ".index.json", ".ot", ".mlmodel", ".tflite", ".npz")
 _ADAPTERS = (PEFT_CONFIG, PEFT_TENSORS, PEFT_PICKLE, NATIVE_TENSORS, MANIFEST)
+_INSTEAD = "load the model, veneer.load, veneer.merge(model, keep=False), and save it"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Checkpoint:
     """`files`: the names of each file's tensors; `tensors`: dtype and shape of each. Nothing else is read before `read`
-    asks for it, and one file at a time is open."""
+    asks for it, and one file at a time is open. instead: what to do where the files are of another kind."""
 
-    def __init__(self, folder: Path, owner: str) -> None:
+    def __init__(self, folder: Path, owner: str, instead: str = _INSTEAD) -> None:
         self.folder, self.owner = folder, owner
         self.index: dict[str, Any] = {}
         self.files: dict[str, list[str]] = {}
@@ -36,7 +37,7 @@ class Checkpoint:
         self.metadata: dict[str, dict[str, str]] = {}
         self._at: dict[str, str] = {}
         self._open: tuple[str, Any] | None = None
-        for file, wanted in _files(folder, owner).items():
+        for file, wanted in _files(folder, owner, instead).items():
             self._read_header(file, wanted)
         index = folder / INDEX
         self.index = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
@@ -79,7 +80,7 @@ class Checkpoint:
         self._open = None
 
 
-def _files(folder: Path, owner: str) -> dict[str, list[str] | None]:
+def _files(folder: Path, owner: str, instead: str) -> dict[str, list[str] | None]:
     """The files of a model, and which tensors of each count; None = all."""
     if not folder.is_dir():
         raise VeneerError(f"{owner}: there is no folder {str(folder)!r}. Local folders are read, and nothing is "
@@ -100,7 +101,7 @@ def _files(folder: Path, owner: str) -> dict[str, list[str] | None]:
         inside = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))[:8]
         raise VeneerError(f"{owner}: no safetensors file of a model in {folder}; it has: "
                           f"{', '.join(inside) or 'nothing'}. Files of other kinds cannot be read one tensor at a "
-                          "time: load the model, veneer.load, veneer.merge(model, keep=False), and save it")
+                          f"time: {instead}")
     return dict.fromkeys(names)
 
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from veneer.io.store import NATIVE_TENSORS, PEFT_TENSORS
+from veneer.io.checkpoint import Checkpoint
 from veneer.method import VeneerError, nearest
 
 Source = str | Path | Mapping[str, Tensor]
+_INSTEAD = "load the model, and give a mapping from names to tensors"
 
 
 class Originals:
     """`shapes`: of every tensor, by name; nothing else is read before `get` asks for it."""
 
-    def __init__(self, title: str, shapes: Mapping[str, tuple[int, ...]], readers: Mapping[str, Any]) -> None:
-        self.title, self.shapes, self._readers = title, shapes, readers
+    def __init__(self, title: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> None:
+        self.title, self.shapes, self._read = title, shapes, read
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the device where it lies: the CPU for a file."""
         try:
-            return self._readers[name].get_tensor(name)
+            return self._read(name)
         except SafetensorError as error:
             raise VeneerError(f"{self.title}: {name!r} cannot be read ({error})") from error
 
@@ -49,16 +49,6 @@ class Originals:
                           f"{len(self.shapes)} tensors; are they of another model?")
 
 
-class _Given:
-    """The reader of a mapping."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
 @contextlib.contextmanager
 def open_originals(source: Source, owner: str) -> Iterator[Originals]:
     """Open `source` for reading: a checkpoint's folder, one .safetensors file, or a mapping from names to tensors.
@@ -67,33 +57,32 @@ def open_originals(source: Source, owner: str) -> Iterator[Originals]:
     """
     if isinstance(source, Mapping):
         yield Originals(f"{owner}: the mapping given", {name: tuple(t.shape) for name, t in source.items()},
-                        dict.fromkeys(source, _Given(source)))
+                        source.__getitem__)
         return
     if not isinstance(source, (str, Path)):
         raise VeneerError(f"{owner}: the originals must be a folder, a .safetensors file or a mapping from names to "
                           f"tensors, got {type(source).__name__}")
-    path, shapes, readers = Path(source), {}, {}
+    path = Path(source)
+    if path.is_dir():
+        checkpoint = Checkpoint(path, owner, _INSTEAD)
+        try:
+            yield Originals(f"{owner}: {path}", {name: t.shape for name, t in checkpoint.tensors.items()},
+                            checkpoint.read)
+        finally:
+            checkpoint.close()
+        return
+    _check_file(path, owner)
     with contextlib.ExitStack() as stack:
-        for file in _files(path, owner):
-            try:
-                reader = stack.enter_context(safe_open(str(file), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise VeneerError(f"{owner}: {file} is no complete safetensors file ({error})") from error
-            for name in reader.keys():  # noqa: SIM118
-                shapes[name], readers[name] = tuple(reader.get_slice(name).get_shape()), reader
-        yield Originals(f"{owner}: {path}", shapes, readers)
+        try:
+            reader = stack.enter_context(safe_open(str(path), framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise VeneerError(f"{owner}: {path} is no complete safetensors file ({error})") from error
+        shapes = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+        yield Originals(f"{owner}: {path}", shapes, reader.get_tensor)
 
 
-def _files(path: Path, owner: str) -> list[Path]:
-    if path.is_file() and path.suffix == ".safetensors":
-        return [path]
-    if path.is_file():
-        raise VeneerError(f"{owner}: {path} is no .safetensors file, and only those can be read one tensor at a time")
-    if not path.is_dir():
+def _check_file(path: Path, owner: str) -> None:
+    if not path.exists():
         raise VeneerError(f"{owner}: there is nothing at {path}. Local paths are read, and nothing is downloaded")
-    found = sorted(file for file in path.glob("*.safetensors") if file.name not in (NATIVE_TENSORS, PEFT_TENSORS))
-    if not found:
-        inside = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))[:8]
-        raise VeneerError(f"{owner}: no .safetensors file of a model in {path}; it has: "
-                          f"{', '.join(inside) or 'nothing'}")
-    return found
+    if path.suffix != ".safetensors":
+        raise VeneerError(f"{owner}: {path} is no .safetensors file, and only those can be read one tensor at a time")
