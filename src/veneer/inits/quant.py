@@ -68,7 +68,8 @@ def nearest_pair(matrix: Tensor, rank: int, scale: float, generator: torch.Gener
     singular values. Where there are none left, A is drawn as "kaiming" does and B is zero.
 
     From the eigenvectors of the smaller Gram matrix: about three times as fast as an SVD on a CPU. In fp32 it misses
-    parts whose singular values are below 3e-4 of the largest, which no quantisation error has.
+    parts whose singular values are below 3e-4 of the largest. A quantisation error has none among its first; a weight
+    (first="svd") may, and what is missed of it then stays in the part that is quantised.
     """
     A, B = matrix.new_zeros(rank, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], rank)
     unit = float(matrix.abs().max())
