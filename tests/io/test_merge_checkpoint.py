@@ -462,11 +462,21 @@ def test_another_base(broken) -> None:
     key = "model.layers.1.mlp.up_proj.weight"
     rewrite(base, key, torch.randn(48, 32).bfloat16())
     refused(base, adapter, r"another base model: base weight 'model\.layers\.1\.mlp\.up_proj' has other values than "
-                           r"the one this adapter was trained on; nothing was written. strict=False merges all the")
+                           r"the one this adapter was trained on\. Nothing was written; strict=False merges all the")
     report = veneer.merge_checkpoint(base, adapter, base.parent / "out", strict=False)
     assert len(report.problems) == 1
     assert "problem: base weight 'model.layers.1.mlp.up_proj' has other values" in str(report)
     assert_same_bits(loaded(base.parent / "out"), in_memory(base, adapter, strict=False))
+
+
+def test_a_start_from_other_numbers(bases, tmp_path: Path) -> None:
+    """A start that must be run again to merge, and was run on a quantised base."""
+    base = tmp_path / "base"
+    shutil.copytree(bases("llama"), base)
+    model = loaded(base)
+    veneer.quantize(model, "nf4")
+    veneer.save(adapted(model, {"*.q_proj": LoRA(rank=2, init="loftq")}), tmp_path / "adapter")
+    refused(base, tmp_path / "adapter", "is held as bfloat16 here and was nf2, nf4, nf8 as bfloat16 when")
 
 
 def test_files_that_do_not_fit_the_config(broken) -> None:

@@ -90,6 +90,22 @@ def test_other_bases_are_merged_in_memory(
     assert all(torch.equal(value, want[key]) for key, value in made.state_dict().items())
 
 
+@pytest.mark.parametrize("by_files", [True, False])
+def test_a_bias_that_loading_would_lose(
+    sharded: Path, by_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load_model(ModelSettings(name=str(sharded), dtype="auto")).model
+    veneer.save(veneer.attach(base, {"*q_proj": veneer.LoRA(rank=2, bias=True)}), tmp_path / "biased")
+    if not by_files:
+        monkeypatch.setattr(merging, "checkpoint_folder", lambda settings: None)
+    assert main(["merge", str(tmp_path / "biased"), "--model", str(sharded), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "adds a bias" in error
+    assert "model.layers.0.self_attn.q_proj" in error
+    assert "so that it would be lost on loading" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_where_the_files_are(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoint_folder(ModelSettings(name=str(sharded))) == sharded
     assert checkpoint_folder(ModelSettings(name="x.gguf")) is None

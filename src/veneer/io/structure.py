@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.attached import attached, hosts
 from veneer.hosts import Host
-from veneer.io.fingerprint import Fingerprint, compare
+from veneer.io.fingerprint import Fingerprint, begun_elsewhere, compare
 from veneer.io.load import attach_records, fill, fill_adapter, is_started
 from veneer.io.reading import read_records
 from veneer.io.records import SHOWN, Record
@@ -113,18 +113,19 @@ class Structure:
 
     def check(self, param: str, value: Tensor) -> None:
         """Whether a base weight is the one that the adapter was trained on, as far as its file knows."""
-        weight = self.weights.get(param)
-        sample = None if weight is None or self._fingerprint is None else self._fingerprint.samples.get(weight.name)
-        if weight is None or sample is None:
+        weight, saved = self.weights.get(param), self._fingerprint
+        if weight is None or saved is None or weight.name not in saved.samples:
             return
-        only = dataclasses.replace(self._fingerprint, samples={weight.name: sample})  # type: ignore[type-var]
+        only = dataclasses.replace(saved, samples={weight.name: saved.samples[weight.name]})
         empty, weight.tensor = weight.tensor, value
         try:
             found = compare(only, [weight])
+            if weight.name in self._started:
+                found += begun_elsewhere(only, [weight])
         finally:
             weight.tensor = empty
         if found and self._strict:
-            raise VeneerError(f"merge_checkpoint: another base model: {found[0]}; nothing was written. strict=False "
+            raise VeneerError(f"merge_checkpoint: another base model: {found[0]}. Nothing was written; strict=False "
                               "merges all the same")
         self.problems += [text for text in found if text not in self.problems]
 

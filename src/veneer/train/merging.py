@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 import veneer
 from veneer.io.checkpoint import parse_size
 from veneer.io.checkpoint_names import quantised
@@ -58,12 +60,21 @@ def _by_files(folder: Path, settings: ModelSettings, arguments: argparse.Namespa
     print(report, file=sys.stderr)
 
 
+def _with_bias(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(getattr(module, "bias", None), Tensor)]
+
+
 def _in_memory(settings: ModelSettings, arguments: argparse.Namespace, output: Path) -> None:
     loaded = of_base(load_model, settings, arguments)
     model: Any = loaded.model
+    known = _with_bias(model)
     veneer.load(model, arguments.adapter, name=_NAME)
     veneer.merge(model, _NAME, keep=False)
     veneer.detach(model)
+    added = [name for name in _with_bias(model) if name not in known]
+    if added:
+        raise VeneerError(f"{_OWNER}: the adapter adds a bias to {added[0]!r}, and the model has none there, so that "
+                          "it would be lost on loading; keep the adapter in its own file")
     veneer.dequantize(model)  # what no adapter lies on
     size = {} if arguments.max_shard_size is None else {"max_shard_size": parse_size(arguments.max_shard_size, _OWNER)}
     with new_folder(output, _OWNER, arguments.overwrite) as folder:
