@@ -45,7 +45,9 @@ class RequantizeReport:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if math.isfinite(share) else "nothing"
+    """Below 0 more went wrong than was to change."""
+    text = f"{100 * share:.1f}%" if math.isfinite(share) else ""
+    return text if share >= 0 else f"none ({text})" if text else "none"
 
 
 def merge(model: nn.Module, names: str | Iterable[str] | None = None, keep: bool = True, requantize: bool = False,

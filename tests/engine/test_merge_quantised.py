@@ -13,7 +13,9 @@ from torch import nn
 import veneer
 from veneer import DoRA, Full, LoHa, LoKr, LoRA
 from veneer.inspect import requantized, update_norms
+from veneer.merge import RequantizeReport
 from veneer.method import VeneerError
+from veneer.quantize import schemes
 from veneer.storage.packed import Packed, PackedLinear
 from veneer.storage.recent import keep_dense
 from veneer.storage.requantise import surviving
@@ -135,6 +137,9 @@ def test_a_share_of_nothing_and_of_what_went_wrong() -> None:
     assert surviving(1.0, 2.0) == -1.0
     assert surviving(0.0, 0.0) == 1.0
     assert surviving(0.0, 1.0) == -float("inf")
+    assert str(RequantizeReport({"a": (4.0, 1.0), "b": (1.0, 9.0), "c": (0.0, 1.0)})) == (
+        "none (-120.0%) of the trained change survives quantising 3 merged weights again; least: 'c' none, "
+        "'b' none (-800.0%), 'a' 75.0%")
 
 
 def test_a_small_change_is_refused_with_nothing_changed() -> None:
@@ -146,11 +151,11 @@ def test_a_small_change_is_refused_with_nothing_changed() -> None:
     with pytest.raises(VeneerError) as caught:
         veneer.merge(model, requantize=True)
     text = str(caught.value)
-    assert text.startswith(f"merge: {100 * report.share:.1f}% of the trained change survives quantising 2 merged "
-                           "weights again; least: '")
-    assert "That is below at_least=0.9, so nothing was merged. Instead: merge into ordinary 16-bit numbers" in text
+    assert text.startswith(f"merge: {report}. That is below at_least=0.9, so nothing was merged. Instead: merge into "
+                           "ordinary 16-bit numbers (requantize=False)")
+    assert f"({100 * report.share:.1f}%) of the trained change survives quantising 2 merged weights again" in text
     worst, share = next(iter(report.weights.items()))
-    assert f"least: {worst!r} {100 * share:.1f}%" in text
+    assert f"least: {worst!r} none ({100 * share:.1f}%)" in text
     assert same(bits(model), before)
     assert torch.equal(model(x), want)
     assert not veneer.adapters(model)["default"].merged
@@ -254,6 +259,32 @@ def test_some_weights_packed_and_some_not() -> None:
 def change_of_dense(model: Net) -> torch.Tensor:
     head = model.lm_head
     return head.adapters["default"]["weight"].new_weight(head.weight).detach()
+
+
+@pytest.mark.parametrize("scheme", schemes())
+def test_every_storage_that_can_be_written(scheme: str) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(256, 64).bfloat16()})
+    try:
+        veneer.quantize(model, scheme)
+    except VeneerError as missing:
+        pytest.skip(str(missing))
+    scatter(veneer.attach(model, {"up": LoRA(rank=4)}), by=0.02)
+    layer, x = model["up"], torch.randn(3, 256).bfloat16()
+    with torch.no_grad():
+        before, base = layer(x), layer.base_weight("weight").clone()
+        few = any(mark in scheme for mark in ("2", "-1", "-3", "nf4", "fp4", "q4", "-4"))
+        if few:
+            with pytest.raises(VeneerError, match="of the trained change survives quantising 1 merged weights again"):
+                veneer.merge(model, requantize=True)
+        tried = requantized(model)
+        veneer.merge(model, requantize=True, at_least=-1e9)
+        assert requantized(model) == tried
+        assert (tried.share < 0.5) == few, tried
+        moved = (layer.base_weight("weight").float() - base.float()).norm()
+        assert moved > 0
+        veneer.unmerge(model)
+        assert torch.equal(layer.base_weight("weight"), base)
+        assert torch.equal(layer(x), before)
 
 
 # -- errors ---------------------------------------------------------------------------------------------
