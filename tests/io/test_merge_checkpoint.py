@@ -279,7 +279,7 @@ torch.set_num_threads(1)
 def model(layers):
     return nn.ModuleDict({f"layer{i}": nn.Linear(512, 512, bias=False) for i in range(layers)})
 with torch.device("meta"):
-    whole, small = model(96), model(1)
+    whole, small = model(192), model(1)
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 root = sys.argv[1]
@@ -302,14 +302,14 @@ def child(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A checkpoint of 8 shards, each of 12 weights of 1 MiB in fp32, and one of a single weight; bytes of a shard."""
+    """A checkpoint of 8 shards, each of 24 weights of 1 MiB in fp32, and one of a single weight; bytes of a shard."""
     root = tmp_path_factory.mktemp("large")
-    for name, layers, adapter in (("base", 96, "adapter"), ("small", 1, "small_adapter")):
+    for name, layers, adapter in (("base", 192, "adapter"), ("small", 1, "small_adapter")):
         torch.manual_seed(0)
         model = linears(layers)
         plain_base(root / name, model, min(layers, 8))
         veneer.save(adapted(model, {"layer*": LoRA(rank=2)}), root / adapter)
-    return root, 12 * 2**20
+    return root, 24 * 2**20
 
 
 def linears(layers: int) -> nn.Module:
@@ -335,7 +335,7 @@ def test_a_killed_run_leaves_nothing_under_the_name(large: tuple[Path, int]) -> 
     assert len(left) == 1
     os.utime(left[0], (0, 0))  # of another day
     with torch.device("meta"):
-        model = linears(96)
+        model = linears(192)
     veneer.merge_checkpoint(root / "base", root / "adapter", root / "out", model=model)
     assert [p.name for p in root.iterdir() if p.name.startswith(".")] == []
     shutil.rmtree(root / "out")
