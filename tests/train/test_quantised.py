@@ -86,6 +86,13 @@ def test_weights_are_kept_for_the_run_only(project: Path, monkeypatch: pytest.Mo
     assert limits == [2**19, 0]
 
 
+def test_gradient_checkpointing_changes_nothing(project: Path) -> None:
+    losses = [[row["loss"] for row in train(*FAST, "model.quantize=nf4", "output.check_merge=false",
+                                            "output.overwrite=true", *more).metrics if "loss" in row]
+              for more in ([], ["training.gradient_checkpointing=true", "model.keep_dense_mb=1"])]
+    assert losses[0] == losses[1]
+
+
 def test_the_estimate_of_memory_knows_packed_weights(project: Path) -> None:
     def rows(*overrides: str) -> dict[str, int]:
         settings = load_settings("config.yaml", overrides)
