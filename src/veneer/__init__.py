@@ -6,7 +6,7 @@ from veneer.calibrate import calibrate
 from veneer.combine import combine
 from veneer.convert import to_lora
 from veneer.eva import get_eva_state_dict, initialize_lora_eva_weights
-from veneer.inits import EVA, CorDA, LoftQ, LoRAGA, OLoRA, PiSSA, SVDQuant
+from veneer.inits import EVA, CorDA, LoftQ, LoRAGA, OLoRA, PiSSA, SVDQuant, TorchInit
 from veneer.inspect.summary import adapters, trainable
 from veneer.io.info import info
 from veneer.io.load import load
@@ -40,6 +40,7 @@ __all__ = [
     "Rows",
     "SVDQuant",
     "Statistics",
+    "TorchInit",
     "VBLoRA",
     "VeRA",
     "activate",

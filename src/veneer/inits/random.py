@@ -179,5 +179,5 @@ def _filled(name: str, size: tuple[int, int], generator: torch.Generator) -> Ten
 def check_choice(owner: str, field: str, value: Any, known: Sequence[Any]) -> None:
     """Raise `VeneerError` unless `value` is one of `known`."""
     if value not in known:
-        raise VeneerError(f"{owner}: unknown {field} {value!r}{nearest(str(value), map(str, known))} "
+        raise VeneerError(f"{owner}: unknown {field} {value!r}{nearest(str(value), map(str, known)) or '.'} "
                           f"Known: {', '.join(map(str, known))}")

@@ -64,7 +64,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, dress: Dr
     model = unwrap(model)
     present = adapter_names(model)
     if name not in present:
-        raise VeneerError(f"save: no adapter named {name!r} on this model{nearest(str(name), present)} "
+        raise VeneerError(f"save: no adapter named {name!r} on this model{nearest(str(name), present) or '.'} "
                           f"It has: {', '.join(map(repr, present)) or 'none'}")
     records = records_of(model, name)
     weights = base_weights(model)
