@@ -19,7 +19,8 @@ from veneer.train.console import Console
 from veneer.train.memory import estimate
 from veneer.train.model import ModelError, load_model
 from veneer.train.schema import ConfigError
-from veneer.train.settings import ModelSettings, load_settings, parse_settings, settings_schema
+from veneer.train.settings import ModelSettings, load_settings, parse_settings
+from veneer.train.settings_schema import settings_schema
 
 FAST = ["evaluation.generate=false", "output.report=false", "training.max_steps=2"]
 LIBRARIES = {"bnb-nf4": "bitsandbytes", "bnb-int8": "bitsandbytes", "torchao-int8": "torchao", "hqq-4": "hqq"}

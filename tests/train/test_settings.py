@@ -9,7 +9,8 @@ import pytest
 from veneer import DoRA, LoRA
 from veneer.train.config_file import parse_value, read
 from veneer.train.schema import ConfigError
-from veneer.train.settings import load_settings, parse_settings, settings_schema
+from veneer.train.settings import load_settings, parse_settings
+from veneer.train.settings_schema import settings_schema
 
 GOOD: dict[str, Any] = {"model": "m", "adapter": {"method": "lora"}, "data": {"train": "a.jsonl"}}
 

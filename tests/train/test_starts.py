@@ -21,7 +21,9 @@ from veneer.method import VeneerError
 from veneer.statistics import Statistics
 from veneer.train import run, start
 from veneer.train.schema import ConfigError
-from veneer.train.settings import load_settings, needing_statistics, parse_settings, settings_schema
+from veneer.train.settings import load_settings, parse_settings
+from veneer.train.settings_checks import needing_statistics
+from veneer.train.settings_schema import settings_schema
 
 QUIET = ["output.report=false", "evaluation.generate=false", "training.max_steps=2", "training.learning_rate=0.002"]
 LOFTQ = "{init: loftq, bits: 4, iterations: 5}"

@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from veneer.train.settings import load_settings, settings_schema
+    from veneer.train.settings import load_settings
+    from veneer.train.settings_schema import settings_schema
 
     if arguments.print_schema:
         print(json.dumps(settings_schema(), indent=2))

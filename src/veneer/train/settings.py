@@ -7,11 +7,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from veneer.inits import init_names
-from veneer.inits.base import init_class
 from veneer.method import Method, VeneerError, method_class, method_from_dict, method_names, nearest
 from veneer.train import config_file, quantised
-from veneer.train.schema import ConfigError, build, json_schema, option, override
+from veneer.train.schema import ConfigError, build, option, override
+from veneer.train.settings_checks import check_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,14 +133,14 @@ class Settings:
     source: Mapping[str, Any]  # the plain config, as read and overridden
 
 
-_SECTIONS = {
+SECTIONS = {
     "data": DataSettings,
     "calibration": CalibrationSettings,
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
     "output": OutputSettings,
 }
-_KEYS = ("model", "adapter", *_SECTIONS)
+_KEYS = ("model", "adapter", *SECTIONS)
 
 
 def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -163,7 +162,7 @@ def parse_settings(config: Mapping[str, Any], base: Path) -> Settings:
     for key in ("model", "adapter", "data"):
         if key not in config:
             raise ConfigError(f"the config has no section {key!r}; needed: model, adapter, data")
-    sections: dict[str, Any] = {name: build(cls, config.get(name) or {}, name) for name, cls in _SECTIONS.items()}
+    sections: dict[str, Any] = {name: build(cls, config.get(name) or {}, name) for name, cls in SECTIONS.items()}
     settings = Settings(
         model=parse_model(config["model"]),
         adapter=parse_adapter(config["adapter"]),
@@ -171,14 +170,14 @@ def parse_settings(config: Mapping[str, Any], base: Path) -> Settings:
         source=config,
         **sections,
     )
-    _check_together(settings)
+    check_together(settings)
     return settings
 
 
 def _unknown_section(key: str) -> ConfigError:
     """The error for an unknown top-level key, which may be a key of a section that was not indented."""
     keys = {"model": _names(ModelSettings), "adapter": _adapter_keys()}
-    keys |= {name: _names(cls) for name, cls in _SECTIONS.items()}
+    keys |= {name: _names(cls) for name, cls in SECTIONS.items()}
     homes = [section for section, known in keys.items() if key in known]
     if homes:
         return ConfigError(f"{key!r} stands at the top of the config; it belongs into the section {' or '.join(homes)}")
@@ -257,101 +256,3 @@ def _method(value: Any, where: str) -> Method | None:
         return method_from_dict(value)
     except VeneerError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def needing_statistics(rules: Mapping[str, Method | None] | Method) -> list[Method]:
-    """The methods that start from data."""
-    methods = [rules] if isinstance(rules, Method) else rules.values()
-    return list(dict.fromkeys(method for method in methods if method is not None and method.needs is not None))
-
-
-def _check_starts(settings: Settings) -> None:
-    rules = settings.adapter.rules
-    methods = [rules] if isinstance(rules, Method) else [method for method in rules.values() if method is not None]
-    moving = next((method for method in methods if method.moves_base), None)
-    if moving is not None and settings.model.quantize is not None:
-        raise ConfigError(f"the start of {moving} rewrites base weights, which model.quantize would have quantised "
-                          "before: drop model.quantize (a start for quantised weights, loftq say, quantises those it "
-                          "lies on itself), or take another start")
-    if "calibration" in settings.source and not needing_statistics(rules):
-        raise ConfigError("calibration has no effect: nothing in adapter starts from data (init: eva, corda or "
-                          "lora_ga)")
-    file = settings.calibration.statistics
-    if file is not None and not file.endswith(".safetensors"):
-        raise ConfigError(f"calibration.statistics is the name of one file that ends in .safetensors, got {file!r}")
-
-
-def _check_together(settings: Settings) -> None:
-    """What no single key shows."""
-    _check_starts(settings)
-    data, training, evaluation = settings.data, settings.training, settings.evaluation
-    if (data.train is None) == (data.generator is None):
-        raise ConfigError("data needs exactly one of 'train' (files) and 'generator' (a Python file)")
-    if data.heldout is not None and data.heldout_share:
-        raise ConfigError("data.heldout and data.heldout_share exclude each other: one gives the held-out examples")
-    if data.generator is not None and (data.heldout is not None or data.heldout_share):
-        raise ConfigError("data.generator brings its own held-out examples; drop data.heldout and data.heldout_share")
-    if data.generator_options and data.generator is None:
-        raise ConfigError("data.generator_options has no effect without data.generator")
-    if evaluation.keep_best:
-        if not evaluation.every or not training.save_every:
-            raise ConfigError("evaluation.keep_best needs evaluation.every and training.save_every")
-        if training.save_every % evaluation.every:
-            raise ConfigError(
-                f"evaluation.keep_best: training.save_every ({training.save_every}) must be a multiple of "
-                f"evaluation.every ({evaluation.every}), so that every checkpoint has a held-out loss"
-            )
-    has_heldout = data.heldout is not None or data.heldout_share > 0 or data.generator is not None
-    if evaluation.every and not has_heldout:
-        raise ConfigError("evaluation.every needs held-out data: data.heldout, data.heldout_share or data.generator")
-    if training.epochs == 0 and training.max_steps is None:
-        raise ConfigError("training.epochs is 0 and training.max_steps is not set: nothing would be trained")
-
-
-def settings_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of the config file."""
-    section = json_schema(ModelSettings)
-    section["properties"]["quantize"]["anyOf"] = quantised.schemas()
-    model = {"anyOf": [{"type": "string"}, section]}
-    properties = {"model": model, "adapter": _adapter_schema()}
-    properties |= {name: json_schema(cls) for name, cls in _SECTIONS.items()}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "veneer train",
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["model", "adapter", "data"],
-        "properties": properties,
-    }
-
-
-def _adapter_schema() -> dict[str, Any]:
-    """One alternative for each registered method, and one for rules."""
-    shared = {"name": {"type": "string", "default": "default"}, "seed": {"type": "integer", "default": 0}}
-    targets = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    alternatives: list[dict[str, Any]] = []
-    methods: list[dict[str, Any]] = []
-    for key in method_names():
-        options: dict[str, Any] = {f.name: {} for f in fields(method_class(key))}
-        if "init" in options:
-            options["init"] = _init_schema()
-        described = {"method": {"const": key}, **options}
-        methods.append(_object(described, ["method"]))
-        alternatives.append(_object({**shared, "targets": targets, **described}, ["method"]))
-    rule = {"anyOf": [{"type": "null"}, {"enum": method_names()}, *methods]}
-    rules = {"type": "object", "additionalProperties": rule, "minProperties": 1}
-    alternatives.append(_object({**shared, "rules": rules}, ["rules"]))
-    return {"anyOf": alternatives}
-
-
-def _init_schema() -> dict[str, Any]:
-    """A start by its name (dotted names of torch.nn.init too), or with its options."""
-    starts = []
-    for key in init_names():
-        named = {"init": {"const": key}, **{f.name: {} for f in fields(init_class(key))}}
-        starts.append(_object(named, ["init"]))
-    return {"anyOf": [{"type": "string", "examples": init_names()}, *starts]}
-
-
-def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
-    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}

@@ -23,7 +23,7 @@ from veneer.train.console import is_first_process
 from veneer.train.job import Job
 from veneer.train.loss import keeps_logits, masked_loss
 from veneer.train.measure import kl_divergence, logits
-from veneer.train.settings import needing_statistics
+from veneer.train.settings_checks import needing_statistics
 from veneer.weights import moved
 
 STATISTICS = "statistics.safetensors"
