@@ -194,7 +194,7 @@ def test_the_dtype_is_the_layers_where_none_is_given():
 
 def test_svdquant_falls_back_with_a_warning():
     model = Toy()
-    with pytest.warns(VeneerWarning, match="no quantiser is known for this weight"):
+    with pytest.warns(VeneerWarning, match="no quantiser is known"):
         update_model(model, {"adapter_cfg": {"*fc1": {"rank": 4, "lora_init_method": "svdquant"}}})
     adapter = adapters(model)["default"].weights["mlp.linear_fc1"]
     assert adapter.A.any()
