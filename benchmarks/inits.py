@@ -33,6 +33,7 @@ STARTS: dict[str, Any] = {
     "kaiming": "kaiming", "pissa": "pissa", "olora": "olora", "orthogonal": "orthogonal", "eva": "eva",
     "corda": "corda", "lora_ga": "lora_ga", "loftq": {"init": "loftq", "bits": 4, "iterations": 5},
 }
+ON_NF4 = "kaiming on nf4"
 #: starts of which the base can hold the rest itself
 MOVING = ("pissa", "olora", "corda", "lora_ga")
 
@@ -61,20 +62,21 @@ class Curve:
 
 # -- runs -------------------------------------------------------------------------------------------------
 def variants(args: argparse.Namespace) -> dict[str, Mapping[str, Any]]:
-    """Label → the options of LoRA."""
+    """Label → the options of LoRA. LoftQ ends on a base in 4 bits, so the plain start on such a base is beside it."""
     found: dict[str, Mapping[str, Any]] = {key: {"init": STARTS[key]} for key in args.only}
     if args.residual:
         found |= {f"{key}, residual base": {"init": STARTS[key], "residual": "base"} for key in args.only
                   if key in MOVING}
-    return found
+    return found | ({ON_NF4: {"init": "kaiming"}} if "loftq" in args.only else {})
 
 
 def curve(args: argparse.Namespace, label: str, options: Mapping[str, Any]) -> Curve:
+    base = {"model": {"quantize": "nf4"}} if label == ON_NF4 else {}
     trial = Trial(label, {"method": "lora", "rank": args.rank, **options}, args.rate)
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(args, trial, args.rate, pathlib.Path(folder) / "run",
                                evaluation={"generate": False, "every": args.every},
-                               output={"check_reload": False, "check_merge": False})
+                               output={"check_reload": False, "check_merge": False}, **base)
         return Curve.of(label, run(settings))
 
 

@@ -65,6 +65,8 @@ def settings_of(args: argparse.Namespace, trial: Trial, rate: float, directory: 
                 **sections: Mapping[str, Any]) -> Settings:
     """The config's settings with this method, rate and length; `sections` are laid over the rest."""
     config = config_file.read(args.config)
+    if isinstance(config["model"], str):
+        config["model"] = {"name": config["model"]}
     ours: dict[str, Mapping[str, Any]] = {
         "training": {"learning_rate": rate, "max_steps": args.steps, "max_minutes": args.minutes, "log_every": 1,
                      "threads": args.threads},

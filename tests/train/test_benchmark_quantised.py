@@ -74,7 +74,7 @@ def test_curves_of_every_start(
                 "--residual", "--results", "RESULTS.md", "--plot", "curves.png"])
     shown = table(capsys.readouterr().out)
     moving = {f"{key}, residual base" for key in inits.MOVING}
-    assert {row["start"] for row in shown} == {*inits.STARTS, *moving}
+    assert {row["start"] for row in shown} == {*inits.STARTS, *moving, "kaiming on nf4"}
     last = [float(row["held out, step 4"].split()[0]) for row in shown]
     assert last == sorted(last)
     assert all(("(" in row["held out, step 4"]) == (row["start"] != "kaiming") for row in shown)
