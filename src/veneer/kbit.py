@@ -84,7 +84,7 @@ def unprepare(model: nn.Module) -> nn.Module:
 # -- norms ------------------------------------------------------------------------------------------------
 def _narrow_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in base_modules(model):
-        leaf = all(name == "adapters" for name, _ in module.named_children())
+        leaf = all(name == "adapters" or child is None for name, child in module._modules.items())
         named = leaf and "norm" in type(module).__name__.lower()
         if (named or isinstance(module, _NORMS)) and _dtype(module) in _NARROW:
             yield path, module

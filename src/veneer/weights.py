@@ -113,13 +113,17 @@ def moved(weight: Weight) -> bool:
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """`named_modules()` of the base model: what adapters consist of, and wrappers around it, are left out."""
-    inside: set[int] = set()
-    for name, module in unwrap(model).named_modules():
-        if id(module) in inside:
+    # By the modules themselves and not by `named_modules`, which a front door's face overrides.
+    seen: set[int] = set()
+    stack = [("", unwrap(model))]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
             continue
-        if isinstance(module, Host):
-            inside.update(id(part) for part in module.adapters.modules())
+        seen.add(id(module))
         yield name, module
+        stack += [(f"{name}.{child}" if name else child, part) for child, part in reversed(module._modules.items())
+                  if part is not None and not (child == "adapters" and isinstance(module, Host))]
 
 
 def scan(model: nn.Module) -> list[Weight]:
@@ -131,7 +135,7 @@ def scan(model: nn.Module) -> list[Weight]:
             continue
         host, layouts = host_of(module)
         refusal = _out_of_reach(model, module_name) if host is OutProjHost else None
-        leaf = all(name == "adapters" for name, _ in module.named_children())
+        leaf = all(name == "adapters" or child is None for name, child in module._modules.items())
         for param, tensor in _tensors(module, layouts).items():
             kind, layout = (host, layouts[param]) if param in layouts else (ParameterHost, Layout.of(tensor))
             full = f"{module_name}.{param}" if module_name else param

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach import disabled
+from veneer.attached import hosts
 from veneer.calibration.collect import Collector
 from veneer.calibration.rows import Masking, Masks
 from veneer.method import VeneerError
@@ -57,7 +58,8 @@ class Pass:
 @contextlib.contextmanager
 def watched(run: Pass) -> Iterator[None]:
     """With hooks on the bare base in evaluation mode, no parameter wanting a gradient; everything as it was after."""
-    training = [(module, module.training) for module in run.net.modules()]
+    below = [part for _, host in hosts(run.net) for part in host.adapters.modules()]  # a face may hide them
+    training = [(module, module.training) for module in (*run.net.modules(), *below)]
     wanting = [param for param in run.net.parameters() if param.requires_grad]
     hooks: list[Any] = []
     try:

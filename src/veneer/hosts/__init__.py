@@ -19,7 +19,7 @@ HOSTS: tuple[type[Host], ...] = (
 def host_of(module: nn.Module) -> tuple[type[Host], dict[str, Layout]]:
     """The host for a module's own parameters and how each of them is laid out; empty when it has none."""
     if isinstance(module, Host):
-        base, host, _ = type(module).veneer_key  # type: ignore[attr-defined]
+        base, host, _, _ = type(module).veneer_key  # type: ignore[attr-defined]
         return host, host.claims(module, base)
     for host in HOSTS:
         found = host.claims(module, type(module))

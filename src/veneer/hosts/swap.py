@@ -11,18 +11,28 @@ from veneer.hosts.base import Host, HostState
 from veneer.hosts.parameter import ParameterHost, shown_property
 from veneer.route import Route
 
-_CLASSES: dict[tuple[type, type[Host], tuple[str, ...]], type] = {}
+#: the module's own class, its host, the parameters that a `ParameterHost` shows, and the faces over it
+_Key = tuple[type, type[Host], tuple[str, ...], tuple[type[Host], ...]]
+_CLASSES: dict[_Key, type] = {}
 
 
-def adapted_class(base: type, host: type[Host], params: tuple[str, ...]) -> type:
-    """The cached subclass `Adapted<Base>`; `params` are those a `ParameterHost` shows."""
-    key = (base, host, params)
+def adapted_class(base: type, host: type[Host], params: tuple[str, ...], faces: tuple[type[Host], ...] = ()) -> type:
+    """The cached subclass `Adapted<Base>`; `params` are those a `ParameterHost` shows; `faces`: see `show`."""
+    key = (base, host, params, faces)
     if key not in _CLASSES:
         body: dict[str, Any] = {p: shown_property(p) for p in params}
         body.update(__module__=base.__module__, __doc__=base.__doc__, __reduce_ex__=_reduce, veneer_base=base,
                     veneer_key=key, become=_become)
-        _CLASSES[key] = type(f"Adapted{base.__name__}", (host, base), body)
+        _CLASSES[key] = type(f"Adapted{base.__name__}", (*faces, host, base), body)
     return _CLASSES[key]
+
+
+def show(module: Host, faces: tuple[type[Host], ...]) -> None:
+    """Lay these faces over a host, instead of those it has: classes of a front door that show its adapters under
+    the names of another library (attributes, names of parameters). A face changes nothing that the host computes."""
+    base, host, params, _ = type(module).veneer_key  # type: ignore[attr-defined]
+    module.__class__ = adapted_class(base, host, params, faces)
+    _rebind(module)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple:
@@ -32,13 +42,13 @@ def _reduce(self: Any, protocol: Any) -> tuple:
     return (_rebuild, (kind.veneer_key, *args[1:]), *rest)
 
 
-def _rebuild(key: tuple[type, type[Host], tuple[str, ...]], *args: Any) -> Any:
+def _rebuild(key: _Key, *args: Any) -> Any:
     kind = adapted_class(*key)
     return kind.__new__(kind, *args)
 
 
 def _become(self: Any, base: type, host: type[Host]) -> None:
-    self.__class__ = adapted_class(base, host, ())
+    self.__class__ = adapted_class(base, host, (), type(self).veneer_key[3])
     _rebind(self)
 
 
@@ -53,7 +63,8 @@ def lay(module: nn.Module, host: type[Host], params: tuple[str, ...], route: Rou
         route.hosts.add(module)
     elif issubclass(host, ParameterHost):
         shown = tuple(sorted({*params, *module.veneer.layouts}))
-        module.__class__ = adapted_class(type(module).veneer_base, host, shown)  # type: ignore[attr-defined]
+        base, _, _, faces = type(module).veneer_key  # type: ignore[attr-defined]
+        module.__class__ = adapted_class(base, host, shown, faces)
     assert isinstance(module, Host)
     _rebind(module)
     return module
