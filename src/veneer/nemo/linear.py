@@ -129,7 +129,7 @@ def show(module: nn.Module, use_triton: bool) -> None:
         _say_once()
     if not isinstance(module, Host):
         return
-    base, host, _ = type(module).veneer_key  # type: ignore[attr-defined]
+    base, host, *_ = type(module).veneer_key  # type: ignore[attr-defined]
     views = _VIEWS.get(host)
     if views is not None:
         module.become(base, views[use_triton])
