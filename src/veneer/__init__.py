@@ -6,6 +6,7 @@ from veneer.calibrate import calibrate
 from veneer.combine import combine
 from veneer.convert import to_lora
 from veneer.eva import get_eva_state_dict, initialize_lora_eva_weights
+from veneer.formats import convert_file
 from veneer.inits import EVA, CorDA, LoftQ, LoRAGA, OLoRA, PiSSA, SVDQuant, TorchInit
 from veneer.inspect.summary import adapters, trainable
 from veneer.io.info import info
@@ -48,6 +49,7 @@ __all__ = [
     "attach",
     "calibrate",
     "combine",
+    "convert_file",
     "dequantize",
     "detach",
     "disabled",

@@ -37,7 +37,7 @@ def read_records(model: nn.Module, path: str | Path, allow_pickle: bool = False,
     weights = base_weights(model)
     base = base_map(model, weights)
     records, problems = _decode(stored, base, weights, values)
-    records, unfit = _check(records, base)
+    records, unfit = fitting(records, base)
     problems += unfit
     if stored.fingerprint is not None:
         problems = _other_base(compare(stored.fingerprint, weights), len(stored.fingerprint.samples)) + problems
@@ -65,11 +65,11 @@ def _decode(stored: store.Stored, base: BaseMap, weights: list[Weight],
     problems = reading.problems + problems
     stored.notes += reading.notes + notes
     if plan:
-        records = _as_planned(records, plan)
+        records = as_planned(records, plan)
     return records, problems
 
 
-def _as_planned(records: list[Record], plan: Mapping[str, Method]) -> list[Record]:
+def as_planned(records: list[Record], plan: Mapping[str, Method]) -> list[Record]:
     """The methods as the manifest has them, which knows more of them than PEFT's config; and what is missing."""
     by_name = {record.name: record for record in records}
     for name, method in plan.items():
@@ -78,7 +78,7 @@ def _as_planned(records: list[Record], plan: Mapping[str, Method]) -> list[Recor
     return list(by_name.values())
 
 
-def _check(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str]]:
+def fitting(records: list[Record], base: BaseMap) -> tuple[list[Record], list[str]]:
     """The records that fit the base whole, and what is wrong with the others."""
     good: list[Record] = []
     problems: list[str] = []

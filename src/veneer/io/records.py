@@ -72,6 +72,10 @@ class BaseMap:
     is_causal_lm: bool = False
     #: the module that transformers ties to the head, by the model's own config
     tied_embedding: str | None = None
+    #: False: made without the model, which may have modules that are not here
+    known: bool = True
+    #: False: the model may have weights that are not here
+    everything: bool = True
 
 
 @dataclass

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from veneer.attach import adapter_names, attached, shared_states
-from veneer.io import native
+from veneer.io import native, sites
 from veneer.io.dialects import hf
 from veneer.io.files import write_all
 from veneer.io.fingerprint import Fingerprint, fingerprint
 from veneer.io.manifest import META_BASE, META_CONFIG, META_MANIFEST, Manifest
 from veneer.io.records import BaseMap, Record, base_map, base_weights, records_of
+from veneer.io.sites import META_SITES
 from veneer.io.store import MANIFEST, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, generation
 from veneer.io.tensors import content_hash, read_metadata, write_tensors
 from veneer.method import VeneerError, nearest
@@ -50,14 +51,16 @@ class SaveReport:
 Dress = Callable[[dict[str, Any], list[Record], BaseMap], tuple[dict[str, Any], dict[str, str]]]
 
 
-def save(model: nn.Module, path: str | Path, name: str = "default", *, dress: Dress | None = None) -> SaveReport:
+def save(model: nn.Module, path: str | Path, name: str = "default", *, dress: Dress | None = None,
+         values: Mapping[str, Mapping[str, Tensor]] | None = None) -> SaveReport:
     """Write the adapter `name` into the directory `path`, replacing the adapter that was there.
 
     In Hugging Face PEFT's format where its config can express the plan, else in the native one; the report
     says which and why. Tensors keep the dtype they were trained in; no byte of the base is written; a merged
     adapter is saved like any other. All at once: a save that fails or is killed leaves the old adapter or the
     new one. Other files in the directory are left alone. Never touches the network.
-    dress: for a tool that writes PEFT's files in a way of its own; what they cannot hold is an error then.
+    dress: for a tool that writes PEFT's files in a way of its own; what they cannot hold is an error then. values:
+    tensors to be written instead of the model's own, by weight and by their names in the adapter.
 
     Raises `VeneerError` for an unknown name, an adapter without values (meta device), or a write that failed.
     """
@@ -67,6 +70,8 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, dress: Dr
         raise VeneerError(f"save: no adapter named {name!r} on this model{nearest(str(name), present) or '.'} "
                           f"It has: {', '.join(map(repr, present)) or 'none'}")
     records = records_of(model, name)
+    for record in records:
+        record.tensors |= (values or {}).get(record.name, {})
     weights = base_weights(model)
     base = base_map(model, weights)
     methods = {r.name: r.method for r in records}
@@ -78,7 +83,7 @@ def save(model: nn.Module, path: str | Path, name: str = "default", *, dress: Dr
     notes += _on_rewritten(model, name)
     seed = _seed(model, name)
     try:
-        plain = [_plain(record) for record in records]
+        plain = [plain_record(record) for record in records]
         config, tensors, more = hf.encode(plain, base)
         extra: dict[str, str] = {}
         if dress is not None:
@@ -100,35 +105,66 @@ def _on_rewritten(model: nn.Module, name: str) -> list[str]:
             "the base as it is now, and no file of it says so"] if found else []
 
 
-def _plain(record: Record) -> Record:
+def plain_record(record: Record) -> Record:
     method, tensors = record.method.plain(record.tensors)
     return Record(record.name, method, dict(tensors))
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What goes into an adapter's directory. config: of PEFT's, or None for the native format, with the reason; about:
+    the base, for the manifest; header: further entries of the tensor file's; extra: further files as text by name;
+    drop: names of files that would describe it wrongly."""
+
+    records: list[Record]
+    tensors: Mapping[str, Tensor]
+    config: dict[str, Any] | None
+    reason: str
+    seed: int | None
+    about: dict[str, Any]
+    header: Mapping[str, str]
+    extra: Mapping[str, str] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
 
 
 def _write(path: Path, records: list[Record], base: BaseMap, print_: Fingerprint, seed: int | None,
            tensors: Mapping[str, Tensor], config: dict | None, reason: str, notes: list[str],
            extra: Mapping[str, str] | None = None) -> SaveReport:
+    about = {"class": base.class_name, "name_or_path": base.name_or_path, "weights": len(base.sites),
+             "fingerprint": print_.digest()}
+    header = {META_BASE: json.dumps(print_.to_dict(), separators=(",", ":")),
+              META_SITES: sites.to_json(base, [record.name for record in records])}
+    return write_adapter(path, Writing(records, tensors, config, reason, seed, about, header, extra or {}), notes)
+
+
+def manifest_of(layout: str, writing: Writing, generation: int = 1) -> Manifest:
+    """The manifest of what is about to be written."""
+    count = sum(t.numel() for r in writing.records for t in r.tensors.values())
+    return Manifest(layout, {r.name: r.method for r in writing.records}, content_hash(writing.tensors), count,
+                    writing.seed, writing.reason, generation, writing.about,
+                    {"veneer": _version(), "torch": torch.__version__})
+
+
+def write_adapter(path: Path, writing: Writing, notes: list[str]) -> SaveReport:
+    """Write an adapter's files into a directory, all at once, in the place of the adapter that was there."""
+    config = writing.config
     layout = "native" if config is None else "peft"
-    count = sum(t.numel() for r in records for t in r.tensors.values())
-    manifest = Manifest(
-        layout, {r.name: r.method for r in records}, content_hash(tensors), count, seed, reason, generation(path) + 1,
-        {"class": base.class_name, "name_or_path": base.name_or_path, "weights": len(base.sites),
-         "fingerprint": print_.digest()},
-        {"veneer": _version(), "torch": torch.__version__})
+    manifest = manifest_of(layout, writing, generation(path) + 1)
     text = manifest.to_json()
-    meta = {"format": "pt", META_MANIFEST: text, META_BASE: json.dumps(print_.to_dict(), separators=(",", ":"))}
+    meta = {"format": "pt", META_MANIFEST: text, **writing.header}
     files: list[tuple[str, Callable[[IO[bytes]], None]]] = []
     hide, drop = [], [PEFT_CONFIG, PEFT_TENSORS]  # the config first: without it PEFT loads nothing
     if config is not None:
         meta[META_CONFIG] = json.dumps(config, indent=2)
         hide, drop = _stale_config(path, meta[META_CONFIG]), [NATIVE_TENSORS]
-        files.append((PEFT_CONFIG, functools.partial(_write_text, meta[META_CONFIG])))
-    files += [(each, functools.partial(_write_text, content)) for each, content in (extra or {}).items()]
+        files.append((PEFT_CONFIG, functools.partial(write_text, meta[META_CONFIG])))
+    files += [(each, functools.partial(write_text, content)) for each, content in writing.extra.items()]
     tensor_file = PEFT_TENSORS if config is not None else NATIVE_TENSORS
-    files.insert(0, (tensor_file, lambda file: write_tensors(file, tensors, meta)))
-    files.append((MANIFEST, functools.partial(_write_text, text)))
-    size = write_all(path, files, hide=hide, drop=drop)
-    return SaveReport(path, layout, reason, tuple(f for f, _ in files), size, len(records), count, tuple(notes))
+    files.insert(0, (tensor_file, lambda file: write_tensors(file, writing.tensors, meta)))
+    files.append((MANIFEST, functools.partial(write_text, text)))
+    size = write_all(path, files, hide=hide, drop=[*drop, *writing.drop])
+    return SaveReport(path, layout, writing.reason, tuple(f for f, _ in files), size, len(writing.records),
+                      manifest.parameters, tuple(notes))
 
 
 def _stale_config(path: Path, new: str) -> list[str]:
@@ -144,7 +180,7 @@ def _stale_config(path: Path, new: str) -> list[str]:
     return [PEFT_CONFIG] if tensors.is_file() and META_CONFIG in read_metadata(tensors) else []
 
 
-def _write_text(text: str, file: IO[bytes]) -> None:
+def write_text(text: str, file: IO[bytes]) -> None:
     file.write(text.encode("utf-8"))
 
 

@@ -32,7 +32,7 @@ NATIVE_TENSORS, MANIFEST = "veneer.safetensors", "veneer.json"
 
 @dataclass
 class Stored:
-    """What was read: tensors by key and what the files say about them."""
+    """What was read: tensors by key and what the files say about them; metadata: of a safetensors file's header."""
 
     file: Path
     tensors: dict[str, Tensor]
@@ -40,6 +40,7 @@ class Stored:
     fingerprint: Fingerprint | None = None
     config: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def layout(self) -> str:
@@ -63,6 +64,7 @@ def read(path: str | Path, allow_pickle: bool = False) -> Stored:
         found = Stored(file, tensors)
         if beside.is_file():
             _adopt(found, beside)
+    found.metadata = meta
     if found.layout == "peft" and found.config is None:
         found.config = _config_beside(file)
     return found
@@ -112,6 +114,9 @@ def _embedded(file: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> S
     """A file of Veneer's own: its header is the truth, the files beside it are copies."""
     text = meta[META_MANIFEST]
     manifest = Manifest.from_json(text, f"the manifest in {file}")
+    if manifest.layout not in ("peft", "native"):
+        raise VeneerError(f"{file} is in {manifest.layout}'s format, which is not loaded as it is: "
+                          f"`veneer convert {file} DIRECTORY --to peft` (or convert_file) makes one that is")
     if content_hash(tensors) != manifest.tensors_sha256:
         raise VeneerError(f"{file} is damaged: its tensors are not the ones that were saved (SHA-256 differs). "
                           "Nothing was loaded; copy or save it again")

@@ -97,6 +97,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                           f"{_expected_size(path)}. Nothing was loaded; copy or save it again") from error
 
 
+def read_sizes(path: Path) -> dict[str, Announced]:
+    """Dtype and shape of every tensor, from the header of a safetensors file. Raises `VeneerError` for another file,
+    and for a dtype that PyTorch does not have."""
+    found = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dict)
+                part = file.get_slice(name)
+                dtype = dtype_of(part.get_dtype())
+                if dtype is None:
+                    raise VeneerError(f"{name!r} in {path} is of type {part.get_dtype()}, which this version of "
+                                      "PyTorch does not have")
+                found[name] = Announced(dtype, tuple(part.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise VeneerError(f"{path}: not a complete safetensors file ({error})") from error
+    return found
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata alone, from the header; empty for a file that is none."""
     try:

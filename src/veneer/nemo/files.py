@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,17 @@ def save_adapter(model: nn.Module, peft_config: PeftConfig, path: str | Path, na
     peft_config.check()
 
     def dress(config: dict[str, Any], records: list[Record], base: BaseMap) -> tuple[dict[str, Any], dict[str, str]]:
-        kept = {key: config[key] for key in _ALWAYS} | {key: config[key] for key in _IF_SET if config.get(key)}
-        kept["target_modules"] = sorted(_modules(records, base))
-        return dict(sorted(kept.items())), {SETTINGS: json.dumps(_settings(peft_config), indent=2, sort_keys=True)}
+        return worded(config, records, base, peft_config)
 
     return save(model, path, name, dress=dress)
+
+
+def worded(config: Mapping[str, Any], records: list[Record], base: BaseMap,
+           peft_config: PeftConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """PEFT's config as NeMo words it, and the text of automodel_peft_config.json by its name."""
+    kept = {key: config[key] for key in _ALWAYS} | {key: config[key] for key in _IF_SET if config.get(key)}
+    kept["target_modules"] = sorted(_modules(records, base))
+    return dict(sorted(kept.items())), {SETTINGS: json.dumps(_settings(peft_config), indent=2, sort_keys=True)}
 
 
 def _modules(records: list[Record], base: BaseMap) -> set[str]:

@@ -1,4 +1,4 @@
-"""The command line `veneer`: train, plan, info, merge, chat."""
+"""The command line `veneer`: train, plan, info, merge, convert, chat."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import veneer
+from veneer.formats import FORMATS
 from veneer.method import VeneerError
 
 #: what the error of `veneer.load` says to callers of Python, and means nothing in a shell
@@ -50,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--max-shard-size", metavar="SIZE", help="of a file of weights, such as 5GB; default: base's")
     merge.set_defaults(run=_merge)
 
+    _convert_arguments(commands.add_parser("convert", help="write a saved adapter in another format"))
+
     chat = commands.add_parser("chat", help="talk to a model with an adapter")
     chat.add_argument("--adapter", help="a saved adapter or a run's folder; without it the bare model answers")
     _base_arguments(chat)
@@ -63,6 +66,19 @@ def build_parser() -> argparse.ArgumentParser:
 def _base_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="the base model; default: the one that the adapter was trained on")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 or auto; default: as in training")
+
+
+def _convert_arguments(convert: argparse.ArgumentParser) -> None:
+    formats = ", ".join(FORMATS)
+    convert.add_argument("source", help="an adapter's directory, or a file of kohya's or LyCORIS's")
+    convert.add_argument("target", help="a directory, or a .safetensors file for kohya and lycoris")
+    convert.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {formats}")
+    convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: what the files look like")
+    convert.add_argument("--base", help="the base model's folder, or a safetensors file, for what SOURCE does not tell")
+    convert.add_argument("--prefix", help="of the names in kohya's and LyCORIS's files, such as lora_te")
+    convert.add_argument("--name", default="default", help="of the adapter in a directory of ModelOpt's")
+    convert.add_argument("--overwrite", action="store_true", help="replace an adapter that is there already")
+    convert.set_defaults(run=_convert)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,6 +163,13 @@ def _merge(arguments: argparse.Namespace) -> int:
     arguments.adapter = _adapter(arguments.adapter)
     path = merge_to_folder(base_settings(arguments.adapter, arguments.model, arguments.dtype), arguments)
     print(f"merged model: {path}")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    print(veneer.convert_file(arguments.source, arguments.target, arguments.to, arguments.base,
+                              from_=arguments.source_format, prefix=arguments.prefix, name=arguments.name,
+                              overwrite=arguments.overwrite))
     return 0
 
 

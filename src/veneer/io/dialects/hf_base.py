@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,10 @@ class Draft:
             if i < len(parts) - 1:
                 out += ["base_layer"] * self.wrapped[".".join(parts[:i + 1])]
         return PREFIX + ".".join(out)
+
+    def known(self, names: Iterable[str]) -> Iterable[str] | None:
+        """Names of the base, among which short ones may be chosen; None where there may be others."""
+        return names if self.base.known else None
 
     def kind(self, module: str) -> str:
         """How the module's weight is applied, or nothing where it has none."""

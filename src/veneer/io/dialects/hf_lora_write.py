@@ -179,7 +179,7 @@ def _parameter_entries(draft: Draft) -> list[str]:
     biased = any(m.bias for m in draft.methods.values())
     if _dora(draft) or biased or any(draft.kind(m) == "conv1d" for m in draft.modules):
         raise Inexpressible("target_parameters goes with neither DoRA, lora_bias nor Conv1D layers in a PEFT file")
-    entries = shorten(draft.parameters, draft.base.by_path, hits_target)
+    entries = shorten(draft.parameters, draft.known(draft.base.by_path), hits_target)
     if entries is None:
         raise Inexpressible("target_parameters matches by the end of a name, and another parameter's name ends alike")
     return entries

@@ -35,11 +35,14 @@ def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return default
 
 
-def shorten(wanted: Collection[str], known: Iterable[str], matches: Matcher = hits_target) -> list[str] | None:
+def shorten(wanted: Collection[str], known: Iterable[str] | None,
+            matches: Matcher = hits_target) -> list[str] | None:
     """Entries that hit exactly `wanted` among `known`: last parts of names where that is safe, else whole names.
 
-    None where even the whole names would hit something else.
+    None where even the whole names would hit something else. known: None where they are not known: whole names then.
     """
+    if known is None:
+        return list(wanted)
     others = set(known) - set(wanted)
     taken = {end for other in others for end in _dotted_ends(other)} if matches is hits_target else set()
     entries: dict[str, None] = {}
@@ -61,7 +64,7 @@ def _dotted_ends(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def target_entries(wanted: Collection[str], known: Iterable[str]) -> list[str] | str:
+def target_entries(wanted: Collection[str], known: Iterable[str] | None) -> list[str] | str:
     """The same for `target_modules`, which may also be a regex for whole names."""
     short = shorten(wanted, known)
     return short if short is not None else "|".join(re.escape(name) for name in wanted)

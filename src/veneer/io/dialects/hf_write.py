@@ -108,6 +108,8 @@ def _bias(draft: Draft, records: list[Record], saved: list[str], kind: FileType)
         draft.tensors[draft.path(path)] = draft.base.sites[record.name].layout.stored(record.tensors["weight"])
     every = {path for path in draft.base.by_path
              if path.endswith(".bias") and not any(path.startswith(f"{m}.") for m in saved)}
+    if not draft.base.everything:
+        raise Inexpressible("whether the trained biases are all of the model's is not known without the model (base)")
     if trained == every:
         return "all"
     if trained == {f"{module}.bias" for module in draft.modules} & every:
@@ -123,7 +125,7 @@ def _config(draft: Draft, kind: FileType, bias: str, saved: list[str], tokens: d
         "auto_mapping": None, "base_model_name_or_path": base.name_or_path, "inference_mode": True,
         "layers_pattern": None, "layers_to_transform": None, "modules_to_save": _saved_entries(draft, saved),
         "peft_type": kind.peft_type, "revision": None,
-        "target_modules": target_entries(draft.modules, base.modules) if draft.modules else
+        "target_modules": target_entries(draft.modules, draft.known(base.modules)) if draft.modules else
         ([] if draft.parameters else NO_TARGETS),
         "task_type": "CAUSAL_LM" if base.is_causal_lm else None, **kind.config(draft),
     }
@@ -144,7 +146,7 @@ def _config(draft: Draft, kind: FileType, bias: str, saved: list[str], tokens: d
 def _saved_entries(draft: Draft, saved: list[str]) -> list[str] | None:
     if not saved:
         return None
-    entries = shorten(saved, draft.base.modules, hits_saved)
+    entries = shorten(saved, draft.known(draft.base.modules), hits_saved)
     if entries is None:
         raise Inexpressible("modules_to_save matches by the end of a name, and another module's name ends like "
                             + " or ".join(map(repr, saved)))
@@ -155,7 +157,7 @@ def _saved_entries(draft: Draft, saved: list[str]) -> list[str] | None:
 
 
 def _only(draft: Draft, module: str) -> str:
-    entries = shorten([module], draft.base.modules, hits_saved)
+    entries = shorten([module], draft.known(draft.base.modules), hits_saved)
     if entries is None:
         raise Inexpressible(f"trainable_token_indices matches by the end of a name, and another module's name ends "
                             f"like {module!r}")

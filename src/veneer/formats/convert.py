@@ -1,0 +1,91 @@
+"""convert_file: an adapter's files from one format into another."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from veneer.formats.base import known
+from veneer.formats.content import FORMATS
+from veneer.formats.read import MODELOPT_STATE, detect, read
+from veneer.formats.write import targets, write
+from veneer.io.dialects.hf_base import Inexpressible
+from veneer.method import VeneerError, nearest
+
+_FILES = ("kohya", "lycoris")
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What `convert_file` did. source_format, format: of `FORMATS`; bytes: of all files together; notes: what the new
+    files do not say, though it changes nothing that the adapter computes."""
+
+    source: Path
+    target: Path
+    source_format: str
+    format: str
+    files: tuple[str, ...]
+    bytes: int
+    weights: int
+    parameters: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"converted {self.weights} weights, {self.parameters:,} numbers, {self.bytes:,} bytes: "
+                 f"{self.source} ({self.source_format}) to {self.target} ({self.format}: {', '.join(self.files)})"]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+def convert_file(source: str | Path, target: str | Path, to: str, base: str | Path | nn.Module | None = None, *,
+                 from_: str | None = None, prefix: str | None = None, name: str = "default",
+                 overwrite: bool = False) -> ConvertReport:
+    """Write the adapter at `source` to `target` in another format. Needs no model.
+
+    source: a directory or a file. target: a directory, or for kohya and lycoris a .safetensors file. to, from_: of
+    `FORMATS`; from_ None: what the files look like. base: what the source does not tell of its base model is taken from
+    here: a folder with config.json or safetensors files (of which only the headers are read), such a file, or a model.
+    prefix: of the names in kohya's and LyCORIS's files, such as "lora_te"; None: those that are usual. name: of the
+    adapter in a directory of ModelOpt's. overwrite: replace an adapter that is there.
+
+    What is written holds the same numbers, bit for bit, and its header the whole plan, so that converting it back gives
+    the same again. Raises `VeneerError`, with nothing written, where the format cannot hold something that changes what
+    the adapter computes, naming that; where the source is damaged or does not tell enough; and where something is at
+    `target` already.
+    """
+    source, target = Path(source), Path(target)
+    for option, value in (("to", to), ("from_", from_)):
+        if value is not None and value not in FORMATS:
+            raise VeneerError(f"convert: unknown format {option}={value!r}{nearest(value, FORMATS) or '.'} Known: "
+                              f"{', '.join(FORMATS)}")
+    form = from_ or detect(source)
+    _check_target(source, target, to, name, overwrite)
+    content = read(source, form, known(base), prefix)
+    try:
+        written = write(content, target, to, name, prefix)
+    except Inexpressible as no:
+        raise VeneerError(f"convert: {source} cannot be converted to {to}, which would lose this: {no}. Nothing was "
+                          "written") from None
+    count = sum(tensor.numel() for record in content.records for tensor in record.tensors.values())
+    return ConvertReport(source, target, form, to, written.files, written.bytes, len(content.records), count,
+                         tuple(dict.fromkeys([*content.notes, *written.notes])))
+
+
+def _check_target(source: Path, target: Path, to: str, name: str, overwrite: bool) -> None:
+    if to in _FILES:
+        if target.suffix != ".safetensors" or target.is_dir():
+            raise VeneerError(f"convert: {to} is one file: give a target that ends in .safetensors, not {target}")
+    elif target.suffix == ".safetensors" or target.is_file():
+        raise VeneerError(f"convert: {to} is a directory ({FORMATS[to]}), and {target} is a file's name")
+    if Path(name).name != name:
+        raise VeneerError(f"convert: name={name!r} is to be that of a directory")
+    there = [path for path in targets(target, to, name) if path.exists()]
+    folder = source.parent if source.is_file() else source
+    if there and to not in _FILES and os.path.realpath(folder) == os.path.realpath(target):
+        raise VeneerError(f"convert: {target} is where the source is; give another directory")
+    if to not in (*_FILES, "modelopt") and (target / MODELOPT_STATE).is_file():
+        raise VeneerError(f"convert: {target} is a directory of ModelOpt's adapters; give another one")
+    if there and not overwrite:
+        raise VeneerError(f"convert: {there[0]} is there already; overwrite=True (--overwrite) replaces it")
