@@ -15,7 +15,7 @@ from veneer.attach import attach
 from veneer.attached import adapter_names, attached, hosts
 from veneer.io import store
 from veneer.io.fingerprint import begun_elsewhere
-from veneer.io.reading import read_records
+from veneer.io.reading import Reading, records_in
 from veneer.io.records import SHOWN, Record
 from veneer.method import Adapter, Method, VeneerError, method_class, method_to_dict
 from veneer.plan import resolve
@@ -44,7 +44,7 @@ class LoadReport:
 
 
 def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool = True, *,
-         allow_pickle: bool = False) -> LoadReport:
+         allow_pickle: bool = False, config: Mapping[str, Any] | None = None) -> LoadReport:
     """Put the adapter at `path` onto the model as `name`.
 
     path: a directory that `save` or PEFT wrote, or a tensor file in it. A model without an adapter `name` gets
@@ -53,10 +53,30 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
     strict: missing and unexpected tensors, wrong shapes, another base model raise one `VeneerError` that lists
     them with the nearest matches, and the model is as before. Otherwise they are listed in the report, and the
     weights that are whole are loaded. Never touches the network; pickle files only with `allow_pickle`, and
-    then only tensors out of them.
+    then only tensors out of them. config: to be used instead of the adapter_config.json of a file in PEFT's format.
     """
     model = unwrap(model)
-    stored, weights, records, problems = read_records(model, path, allow_pickle)
+    stored = store.read(path, allow_pickle)
+    if config is not None:
+        if stored.layout != "peft":
+            raise VeneerError(f"load: {stored.file} is in Veneer's own format, which has no adapter_config.json to be "
+                              "replaced")
+        stored.config = dict(config)
+        if stored.manifest is not None:
+            stored.manifest.plan = {}
+    return _put(model, records_in(model, stored), name, strict)
+
+
+def load_tensors(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "default",
+                 strict: bool = True) -> LoadReport:
+    """`load` for what is no file: PEFT's config as a dict, and tensors by PEFT's keys, which are copied."""
+    stored = store.Stored(Path("(a state dict)/tensors"), dict(tensors), config=dict(config))
+    model = unwrap(model)
+    return _put(model, records_in(model, stored), name, strict)
+
+
+def _put(model: nn.Module, reading: Reading, name: str, strict: bool) -> LoadReport:
+    stored, weights, records, problems = reading
     existing = name in adapter_names(model)
     if stored.fingerprint is not None:
         started = {record.name for record in records if is_started(record)}

@@ -33,7 +33,11 @@ def read_records(model: nn.Module, path: str | Path, allow_pickle: bool = False,
                  values: Callable[[Weight], Tensor | None] = original) -> Reading:
     """Read the adapter at `path` for a model, which is not touched. values: the numbers of a base weight, where the
     file carries some to compare with; None where they are gone."""
-    stored = store.read(path, allow_pickle)
+    return records_in(model, store.read(path, allow_pickle), values)
+
+
+def records_in(model: nn.Module, stored: store.Stored, values: Callable[[Weight], Tensor | None] = original) -> Reading:
+    """The same for what was read already, or never was in a file."""
     weights = base_weights(model)
     base = base_map(model, weights)
     records, problems = _decode(stored, base, weights, values)

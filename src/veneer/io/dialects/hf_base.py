@@ -135,6 +135,10 @@ class FileType:
         """The config keys it understands, with PEFT's defaults where a key is left out."""
         raise NotImplementedError
 
+    def piece(self, part: str, kind: str) -> str:
+        """The last piece of the key under which PEFT has a part of an adapter on a weight of this kind."""
+        raise NotImplementedError
+
     # -- writing ----------------------------------------------------------------------------------------
     def place(self, draft: Draft, records: Sequence[Record]) -> None:
         """Put the targets and tensors of the records with its method; raise `Inexpressible` for what PEFT lacks."""

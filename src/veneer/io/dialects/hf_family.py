@@ -93,6 +93,9 @@ class Family(FileType):
         bias = {"bias": "none"} if self.bias_only else {}
         return {**self.more_keys, **bias, **patterns, **{key: option.default for key, option in self.options.items()}}
 
+    def piece(self, part: str, kind: str) -> str:
+        return self.parts[part]
+
     # -- writing ----------------------------------------------------------------------------------------
     def place(self, draft: Draft, records: Sequence[Record]) -> None:
         for record in records:

@@ -54,6 +54,9 @@ class LoraFiles(FileType):
     refused = REFUSED
     bias_only = "lora_only"
 
+    def piece(self, part: str, kind: str) -> str:
+        return hf_lora_read.piece(part, kind)
+
     def place(self, draft: Draft, records: Sequence[Record]) -> None:
         hf_lora_write.place(draft, records)
 

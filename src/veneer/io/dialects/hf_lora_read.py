@@ -26,6 +26,12 @@ _LORA_KEY = re.compile(r"(?P<path>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|
                        r"lora_magnitude_vector)(?P<tail>\.weight|\.bias|)")
 
 
+def piece(part: str, kind: str) -> str:
+    """The last piece of the key of a part, "A" or "inner.A" of DoRA say, on a weight of this kind."""
+    part = part.removeprefix("inner.")
+    return (_EMBEDDING_PARTS if kind == "embedding" else {}).get(part) or _MATRIX_PARTS[part]
+
+
 def restart(config: Mapping[str, Any]) -> str | None:
     """The start that must be made again for a file, since its tensors are relative to what that left of the base."""
     name = str(config["init_lora_weights"]).lower()

@@ -1,0 +1,53 @@
+"""Adapters from and to the Hugging Face Hub. The only file of this front door that knows `huggingface_hub`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from veneer.method import VeneerError
+
+_FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json", "veneer.safetensors")
+_KEYS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
+
+
+def local_folder(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
+    """The folder with an adapter's files: a local one as it is, else downloaded from the Hub.
+
+    hub: arguments of `huggingface_hub.snapshot_download`; others are left out. Raises `VeneerError` where there is
+    neither.
+    """
+    folder = Path(model_id)
+    if folder.is_dir():
+        return folder / subfolder if subfolder else folder
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise VeneerError(f"there is no folder {str(model_id)!r}, and looking on the Hugging Face Hub needs `pip "
+                          "install huggingface_hub`") from error
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in _FILES]
+    known = {key: value for key, value in hub.items() if key in _KEYS and value is not None}
+    try:
+        found = Path(snapshot_download(str(model_id), allow_patterns=patterns, **known))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise VeneerError(f"there is no folder {str(model_id)!r}, and it cannot be had from the Hugging Face Hub: "
+                          f"{error}") from error
+    return found / subfolder if subfolder else found
+
+
+def push(repo_id: str, save: Callable[[str], Any], *, private: bool | None = None, token: str | None = None,
+         commit_message: str | None = None, revision: str | None = None) -> Any:
+    """Upload what `save(folder)` writes. Returns what `huggingface_hub` says about the commit."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise VeneerError("push_to_hub needs `pip install huggingface_hub`") from error
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision,
+                                 commit_message=commit_message or "Upload adapter")

@@ -1,0 +1,426 @@
+"""`PeftModel`: a base model with adapters, as Hugging Face PEFT presents it, and its classes by task."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attached import attached, shared_states
+from veneer.io.records import records_of
+from veneer.io.save import save
+from veneer.peft import hub
+from veneer.peft.card import write_card
+from veneer.peft.config import PeftConfig
+from veneer.peft.saving import LoadResult, dressed, result_of, values_by_part
+from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+
+from veneer.peft.tuners import tuner_class
+
+from veneer.weights import scan
+
+_SEEN_AS: dict[tuple[type, type], type] = {}
+
+
+class PeftModel(nn.Module):
+    """A model with adapters. The model is changed in place: `get_base_model()` is the object that was given, with its
+    classes and the names of its own parameters.
+
+    model: the base model. peft_config: of the first adapter, which becomes the active one. autocast_adapter_dtype:
+    adapters over a 16-bit base are fp32, else of the base's dtype. low_cpu_mem_usage: without effect, since nothing is
+    made twice.
+    """
+
+    #: modules that are trained whole for this task, if the model has them
+    heads: ClassVar[tuple[str, ...]] = ()
+    special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names", "alora_offsets"})
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default",
+                 autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False, *, empty: bool = False) -> None:
+        super().__init__()
+        self.peft_type = peft_config.peft_type
+        self._add_heads(peft_config)
+        kind = tuner_class(peft_config.peft_type)
+        self.base_model = kind(model, {adapter_name: peft_config}, adapter_name, empty=empty)
+        if not empty:
+            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        _require_input_grads(model)
+
+    def _add_heads(self, config: PeftConfig) -> None:
+        if self.heads:
+            known = list(getattr(config, "modules_to_save", None) or [])
+            config.modules_to_save = known + [name for name in self.heads if name not in known]  # type: ignore[attr-defined]
+
+    # -- what is there ----------------------------------------------------------------------------------
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the active adapter, or a list where it is not one."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return bool(self.active_adapters) and not self.base_model._disabled
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[next(iter(self.active_adapters), next(iter(self.peft_config)))]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        found = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
+        return found or None
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.base_model, "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        return get_model_status(self)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters, and all of base and adapters, with those of quantised weights as they count dense."""
+        return count_parameters(self.get_base_model(), self.peft_config)
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """To transformers and others that ask `isinstance(model, peft.PeftModel)`, this is one too, where PEFT has been
+        imported: Trainer saves and resumes adapters by that question alone."""
+        mine = type(self)
+        theirs = getattr(sys.modules.get("peft"), mine.__name__, None)
+        if not isinstance(theirs, type) or issubclass(mine, theirs):
+            return mine
+        if (mine, theirs) not in _SEEN_AS:
+            _SEEN_AS[mine, theirs] = type(mine.__name__, (mine, theirs), {"__module__": mine.__module__})
+        return _SEEN_AS[mine, theirs]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (type(self),), self.__dict__
+
+    # -- running ----------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the base model computes, with the active adapters; `adapter_names`: one for each row of the batch."""
+        return self._run(self.get_base_model(), *args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(cast(Any, self.get_base_model()).generate, *args, **kwargs)
+
+    def _run(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        special = {key: kwargs.pop(key) for key in self.special_peft_forward_args & kwargs.keys()}
+        if not special:
+            return call(*args, **kwargs)
+        with self._enable_peft_forward_hooks(**special):
+            return call(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model computes what the base computes."""
+        was = self.base_model._disabled
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            if not was:
+                self.base_model.enable_adapter_layers()
+
+    # -- adapters ---------------------------------------------------------------------------------------
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False,
+                    autocast_adapter_dtype: bool = True) -> None:
+        """Add a fresh adapter. It is neither active nor trainable until `set_adapter`."""
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        self._check_type(peft_config)
+        self._add_heads(peft_config)
+        self.base_model.add(adapter_name, peft_config)
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def _check_type(self, config: PeftConfig) -> None:
+        if config.peft_type != self.peft_type:
+            raise ValueError(f"Cannot combine adapters with different peft types. Found {self.peft_type} and "
+                             f"{config.peft_type}. get_peft_model(model, config, mixed=True) can.")
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make this the active adapter, trainable unless `inference_mode`; all others are frozen."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} not found. There are: {', '.join(self.peft_config)}")
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.base_model.delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    # -- files ------------------------------------------------------------------------------------------
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True,
+                        selected_adapters: list[str] | None = None, save_embedding_layers: str | bool = "auto",
+                        is_main_process: bool = True, path_initial_model_for_weight_conversion: str | None = None,
+                        **kwargs: Any) -> None:
+        """Write the adapters: "default" into the directory itself, each other into a folder of its name.
+
+        The files are PEFT's, all at once, with veneer.json beside them. No byte of the base is written
+        (`save_embedding_layers` must not be True). path_initial_model_for_weight_conversion: not needed, as an adapter
+        that began at PiSSA and the like is saved as plain LoRA anyway. state_dict: values instead of the model's own.
+        push_to_hub, repo_id: upload afterwards.
+
+        Raises `ValueError` for a path that is a file, unknown adapters, and what PEFT's files cannot hold.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        _refuse_saving(safe_serialization, save_embedding_layers)
+        chosen = list(self.peft_config) if selected_adapters is None else selected_adapters
+        unknown = [name for name in chosen if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"You passed an invalid `selected_adapters` arguments: {unknown}, current supported "
+                             f"adapter names are {list(self.peft_config)}")
+        for name in chosen:
+            if not is_main_process:
+                records_of(self.get_base_model(), name)  # sharded tensors are gathered by all processes together
+                continue
+            folder = Path(save_directory) / ("" if name == "default" else name)
+            save(self.get_base_model(), folder, name, dress=dressed(self.peft_config[name]),
+                 values=values_by_part(self, kwargs.get("state_dict"), name))
+        if is_main_process:
+            write_card(Path(save_directory), self)
+            if kwargs.get("push_to_hub"):
+                self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the adapters' files; needs `huggingface_hub`."""
+        return hub.push(repo_id, self.save_pretrained, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default",
+                        is_trainable: bool = False, config: PeftConfig | None = None,
+                        autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
+                        low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None,
+                        **kwargs: Any) -> PeftModel:
+        """The model with the adapter of a folder, or of a repository of the Hub, in the class of its task.
+
+        Loading is strict: keys that are missing, unexpected or of another shape, and another base model, raise one
+        `VeneerError` that lists them, and the model is as before. config: to be used instead of the file's.
+        ephemeral_gpu_offload, low_cpu_mem_usage: without effect.
+        """
+        from veneer.peft.mapping import model_class
+
+        if config is not None and not isinstance(config, PeftConfig):
+            raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
+        folder = hub.local_folder(model_id, **kwargs)
+        found = PeftConfig.from_pretrained(folder) if config is None else config
+        found.inference_mode = not is_trainable
+        kind = cls if found.task_type is None else model_class(found.task_type)
+        made = kind(model, found, adapter_name, empty=True)
+        made._load(folder, adapter_name, is_trainable, found, config, autocast_adapter_dtype, key_mapping)
+        return made
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False,
+                     torch_device: str | None = None, autocast_adapter_dtype: bool = True,
+                     ephemeral_gpu_offload: bool = False, low_cpu_mem_usage: bool = False,
+                     key_mapping: dict[str, str] | None = None, **kwargs: Any) -> LoadResult:
+        """Load an adapter beside those that are there, not active yet; or give one of this name the file's values.
+
+        Strict as `from_pretrained`. torch_device: without effect; an adapter lies where its weight does. hotswap: see
+        `veneer.peft.utils.hotswap`. Returns lists of missing and unexpected keys, which are empty.
+        """
+        if kwargs.pop("hotswap", False):
+            from veneer.peft.utils.hotswap import hotswap_adapter
+
+            hotswap_adapter(self, model_id, adapter_name, torch_device=torch_device, **kwargs)
+            return LoadResult([], [])
+        folder = hub.local_folder(model_id, **kwargs)
+        config = self.peft_config.get(adapter_name)
+        if config is None:
+            config = PeftConfig.from_pretrained(folder)
+            self._check_type(config)
+            config.inference_mode = not is_trainable
+        return self._load(folder, adapter_name, is_trainable, config, None, autocast_adapter_dtype, key_mapping)
+
+    def _load(self, folder: Path, name: str, is_trainable: bool, config: PeftConfig, given: PeftConfig | None,
+              autocast: bool, key_mapping: dict[str, str] | None) -> LoadResult:
+        if key_mapping:
+            raise NotImplementedError("key_mapping: rename the keys with veneer.peft.load_peft_weights(path, "
+                                      "key_mapping=…), and give them to set_peft_model_state_dict")
+        new = name not in self.peft_config
+        report = self.base_model.load(name, folder, config, given)
+        for note in report.notes:
+            warnings.warn(note, stacklevel=3)
+        if new:
+            self.base_model._cast_adapter_dtype(name, autocast)
+            self.set_requires_grad(name, is_trainable)
+        if not is_trainable:
+            self.eval()
+        return result_of(report)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        write_card(Path(output_dir), self)
+
+
+def _blank(kind: type[PeftModel]) -> PeftModel:
+    return kind.__new__(kind)
+
+
+def _refuse_saving(safe_serialization: bool, save_embedding_layers: str | bool) -> None:
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False would write a pickle file, which can run code when it is opened; "
+                         "Veneer writes safetensors alone")
+    if save_embedding_layers is True:
+        raise ValueError("save_embedding_layers=True would put base weights into the adapter's file. Train the "
+                         "embeddings (modules_to_save) or rows of them (trainable_token_indices), or save the base "
+                         "model itself")
+
+
+def count_parameters(base: nn.Module, names: Any) -> tuple[int, int]:
+    """Trainable parameters, and all of the base and of the adapters called `names`; what is shared counts once."""
+    adapters: dict[int, nn.Parameter] = {}
+    for name in names:
+        for holder in (*(adapter for _, adapter in attached(base, name)), *shared_states(base, name)):
+            adapters |= {id(param): param for param in holder.parameters()}
+    weights = scan(base)
+    trained = [w.numel() for w in weights if isinstance(w.tensor, Tensor) and w.tensor.requires_grad]
+    trainable = sum(p.numel() for p in adapters.values() if p.requires_grad) + sum(trained)
+    return trainable, sum(w.numel() for w in weights) + sum(p.numel() for p in adapters.values())
+
+
+def _require_input_grads(model: Any) -> None:
+    """With reentrant checkpointing a layer whose input needs no gradient gives its adapters none."""
+    if not getattr(model, "is_gradient_checkpointing", False):
+        return
+    ask = getattr(model, "enable_input_require_grads", None)
+    if callable(ask):
+        ask()
+    elif callable(getattr(model, "get_input_embeddings", None)):
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward that were given; a base model may not know all of their names."""
+    more = arguments.pop("kwargs")
+    return {key: value for key, value in arguments.items() if value is not None} | more
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For language models."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, labels: Any = None,
+                output_attentions: Any = None, output_hidden_states: Any = None, return_dict: Any = None,
+                task_ids: Any = None, **kwargs: Any) -> Any:
+        return self._run(self.get_base_model(), **_given(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
+             "labels": labels, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+             "return_dict": return_dict, "kwargs": kwargs}))
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return cast(Any, self.get_base_model()).prepare_inputs_for_generation(*args, **kwargs)
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For encoder-decoder models."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None,
+                decoder_input_ids: Any = None, decoder_attention_mask: Any = None, decoder_inputs_embeds: Any = None,
+                labels: Any = None, output_attentions: Any = None, output_hidden_states: Any = None,
+                return_dict: Any = None, task_ids: Any = None, **kwargs: Any) -> Any:
+        return self._run(self.get_base_model(), **_given(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
+             "decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask,
+             "decoder_inputs_embeds": decoder_inputs_embeds, "labels": labels, "output_attentions": output_attentions,
+             "output_hidden_states": output_hidden_states, "return_dict": return_dict, "kwargs": kwargs}))
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return cast(Any, self.get_base_model()).prepare_inputs_for_generation(*args, **kwargs)
+
+
+class _Classifier(PeftModel):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, labels: Any = None,
+                output_attentions: Any = None, output_hidden_states: Any = None, return_dict: Any = None,
+                task_ids: Any = None, **kwargs: Any) -> Any:
+        return self._run(self.get_base_model(), **_given(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
+             "labels": labels, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+             "return_dict": return_dict, "kwargs": kwargs}))
+
+    @property
+    def cls_layer_name(self) -> str | None:
+        """The head, by its name in the base model."""
+        return next((name for name, _ in self.get_base_model().named_children() if name in (self.modules_to_save or ())),
+                    None)
+
+
+class PeftModelForSequenceClassification(_Classifier):
+    """For models with a head for whole texts, which is trained."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(_Classifier):
+    """For models with a head for each token, which is trained."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(_Classifier):
+    """For models with a head for answers' ends, which is trained."""
+
+    heads = ("qa_outputs",)
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None,
+                position_ids: Any = None, inputs_embeds: Any = None, start_positions: Any = None,
+                end_positions: Any = None, output_attentions: Any = None, output_hidden_states: Any = None,
+                return_dict: Any = None, task_ids: Any = None, **kwargs: Any) -> Any:
+        return self._run(self.get_base_model(), **_given(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+             "position_ids": position_ids, "inputs_embeds": inputs_embeds, "start_positions": start_positions,
+             "end_positions": end_positions, "output_attentions": output_attentions,
+             "output_hidden_states": output_hidden_states, "return_dict": return_dict, "kwargs": kwargs}))
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For models whose hidden states are wanted."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None,
+                output_attentions: Any = None, output_hidden_states: Any = None, return_dict: Any = None,
+                task_ids: Any = None, **kwargs: Any) -> Any:
+        return self._run(self.get_base_model(), **_given(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
+             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
+             "return_dict": return_dict, "kwargs": kwargs}))
+
+

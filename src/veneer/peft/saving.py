@@ -1,0 +1,182 @@
+"""Adapters as state dicts and files: PEFT's functions over the engine's save and load."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+
+from veneer.attached import attached, hosts
+from veneer.hosts import Host
+from veneer.io.dialects import hf
+from veneer.io.dialects.hf_names import is_target
+from veneer.io.load import LoadReport
+from veneer.io.records import BaseMap, Record, base_map, base_weights, records_of
+from veneer.io.save import Dress
+from veneer.io.tensors import read_tensors
+from veneer.method import VeneerError
+from veneer.peft.config import PeftConfig
+from veneer.peft.hub import local_folder
+from veneer.peft.shown import parts
+from veneer.peft.tuner import BaseTuner
+
+#: keys of a config that say which weights are adapted, and those that say nothing of what a file computes
+_WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+_WORDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "modules_to_save",
+          "trainable_token_indices")
+_KEY = re.compile(r"'([^']*\.[^']*)'")
+
+
+class LoadResult(NamedTuple):
+    """What torch's load_state_dict returns: the keys that were missing, and those that nothing wanted."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that adapters lie on, out of a `PeftModel` or a tuner."""
+    tuner = tuner_of(model)
+    return model if tuner is None else tuner.model
+
+
+def tuner_of(model: nn.Module) -> BaseTuner | None:
+    if isinstance(model, BaseTuner):
+        return model
+    inner = model._modules.get("base_model")
+    return inner if isinstance(inner, BaseTuner) else None
+
+
+def get_peft_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None,
+                              adapter_name: str = "default", unwrap_compiled: bool = False,
+                              save_embedding_layers: str | bool = "auto") -> dict[str, Tensor]:
+    """The tensors of an adapter by PEFT's keys, without the adapter's name, as its files have them.
+
+    An adapter that began at BA ≠ 0 (PiSSA, OLoRA, …) is given as the plain LoRA of twice the rank that it is.
+    state_dict: take the values from there, by the keys of `model.state_dict()`. save_embedding_layers: True adds the
+    base's embeddings; "auto" and False do not, as no byte of the base belongs in an adapter's file.
+    Raises `ValueError` for an unknown adapter, and for one that PEFT's files cannot hold.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    base = base_of(model)
+    found = _encoded(base, adapter_name, values_by_part(model, state_dict, adapter_name))[1]
+    if save_embedding_layers is True:
+        found |= _embeddings(base)
+    return found
+
+
+def _encoded(base: nn.Module, name: str, values: Mapping[str, Mapping[str, Tensor]]) -> tuple[
+        dict[str, Any], dict[str, Tensor], list[str]]:
+    records = records_of(base, name)
+    if not records:
+        raise ValueError(f"no adapter {name!r} on this model")
+    plain = []
+    for record in records:
+        tensors = {**record.tensors, **values.get(record.name, {})}
+        method, tensors = record.method.plain(tensors)  # type: ignore[assignment]
+        plain.append(Record(record.name, method, dict(tensors)))
+    try:
+        return hf.encode(plain, base_map(base, base_weights(base)))
+    except hf.Inexpressible as no:
+        raise VeneerError(f"PEFT's files cannot hold the adapter {name!r}: {no}") from None
+
+
+def values_by_part(model: nn.Module, state_dict: Mapping[str, Tensor] | None,
+                   name: str) -> dict[str, dict[str, Tensor]]:
+    """Weight → part of its adapter → tensor, out of a state dict of the whole model."""
+    if state_dict is None:
+        return {}
+    base = base_of(model)
+    prefix = "" if base is model else "base_model.model."
+    found: dict[str, dict[str, Tensor]] = {}
+    names = {id(adapter): weight.name for weight, adapter in attached(base, name)}
+    for path, host in hosts(base):
+        for part in parts(host):
+            key = ".".join(filter(None, (prefix + path, part.shown)))
+            _, owner, param, inside = part.path.split(".", 3)
+            if owner == name and key in state_dict:
+                adapter = cast(nn.ModuleDict, host.adapters[name])[param]
+                found.setdefault(names[id(adapter)], {})[inside] = state_dict[key]
+    return found
+
+
+def _embeddings(base: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(base, ask)() if callable(getattr(base, ask, None)) else None
+        path = next((name for name, module in base.named_modules() if module is layer), None) if layer else None
+        if path is not None:
+            adapted = isinstance(layer, Host)
+            found[f"base_model.model.{path}{'.base_layer' if adapted else ''}.weight"] = layer.weight.detach()
+    return found
+
+
+def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: Mapping[str, Tensor],
+                              adapter_name: str = "default", ignore_mismatched_sizes: bool = False,
+                              low_cpu_mem_usage: bool = False) -> LoadResult:
+    """Give the adapter the values that `get_peft_model_state_dict`, or PEFT's, gave.
+
+    What is missing and what nothing wants is listed in the answer. Raises `VeneerError` for tensors of another shape
+    unless `ignore_mismatched_sizes`, and where nothing fits. low_cpu_mem_usage: without effect, nothing is made twice.
+    """
+    base = base_of(model)
+    config = _encoded(base, adapter_name, {})[0]
+    tuner = tuner_of(model) or BaseTuner(base, {}, adapter_name, empty=True)
+    report = tuner.load_values(adapter_name, config, peft_model_state_dict, strict=False)
+    wrong = [text for text in report.problems if not text.startswith(("missing", "unexpected"))]
+    if wrong and not ignore_mismatched_sizes:
+        raise VeneerError("set_peft_model_state_dict: " + "; ".join(wrong))
+    return result_of(report)
+
+
+def result_of(report: LoadReport) -> LoadResult:
+    missing = [_key(text) for text in report.problems if text.startswith("missing")]
+    return LoadResult(missing, [_key(text) for text in report.problems if text.startswith("unexpected")])
+
+
+def _key(text: str) -> str:
+    found = _KEY.findall(text)
+    return found[-1] if found else text
+
+
+def dressed(config: PeftConfig) -> Dress:
+    """How `veneer.save` is to word the config: as the user gave it, but for what has become of ranks and targets."""
+
+    def dress(found: dict[str, Any], records: list[Record], base: BaseMap) -> tuple[dict[str, Any], dict[str, str]]:
+        mine = {**config.to_dict(), "inference_mode": True}
+        mine = {key: _plain(value) for key, value in mine.items() if key != "peft_version"}
+        kept = {key: mine[key] for key in _WORDS if mine.get(key) is not None}
+        if _targets(mine, base) == _targets(found, base):
+            kept |= {key: mine[key] for key in _WHERE if key in mine}
+        else:
+            kept |= {key: None for key in _WHERE if key in mine and key not in found}
+        return {**mine, **found, **kept}, {}
+
+    return dress
+
+
+def _targets(config: Mapping[str, Any], base: BaseMap) -> set[str]:
+    return {module for module in base.modules if is_target(config, module)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return copy.deepcopy(value) if isinstance(value, (dict, list)) else value
+
+
+def load_peft_weights(model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None,
+                      **hf_hub_download_kwargs: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, as they are. A pickle file is read as tensors alone."""
+    folder = local_folder(model_id, **hf_hub_download_kwargs)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"no adapter_model.safetensors in {folder}")
+    tensors, _ = read_tensors(folder / "adapter_model.safetensors")
+    for pattern, new in (key_mapping or {}).items():
+        tensors = {re.sub(pattern, new, key): tensor for key, tensor in tensors.items()}
+    return {key: tensor.to(device or "cpu") for key, tensor in tensors.items()}
+

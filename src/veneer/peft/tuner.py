@@ -1,0 +1,285 @@
+"""`BaseTuner`: the module between a `PeftModel` and the base model. It holds the configs and drives the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from veneer.attach import attach, detach
+from veneer.attach import route as routed
+from veneer.attached import adapter_names, attached, hosts, routes, shared_states
+from veneer.io.load import LoadReport, load_tensors
+from veneer.io.load import load as load_adapter
+from veneer.merge import merge, unmerge
+from veneer.method import VeneerError
+from veneer.peft.config import PeftConfig
+from veneer.peft.faces import show_faces
+from veneer.peft.translate import translate
+from veneer.peft.tuner_layer import BaseTunerLayer, require_grad, set_live
+from veneer.plan import resolve
+from veneer.weights import scan
+
+
+class BaseTuner(nn.Module):
+    """Adapters of one kind on a model that is changed in place and keeps its own names.
+
+    model: the base model. peft_config: one config, or one for each adapter name. Attributes not found here are those
+    of the model.
+    """
+
+    prefix: ClassVar[str] = "lora_"
+    tuner_layer_cls: ClassVar[type[BaseTunerLayer]] = BaseTunerLayer
+    #: what `mixed` models may put side by side is any of them, so that nothing here asks for one kind
+    uses_shared_state: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | Mapping[str, PeftConfig],
+                 adapter_name: str = "default", low_cpu_mem_usage: bool = False,
+                 state_dict: dict[str, Tensor] | None = None, *, empty: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        self._disabled = False
+        configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
+        if not empty:
+            self.add(adapter_name, configs[adapter_name], state_dict)
+
+    # -- adding and taking away -------------------------------------------------------------------------
+    def add(self, name: str, config: PeftConfig, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Attach a new adapter by its config. It becomes the active one only where there is none yet.
+
+        state_dict: instead of the config's targets, those that have keys in it are adapted.
+        """
+        before = self.active_adapters
+        found = translate(self.model, config if state_dict is None else targets_of(config, state_dict), name)
+        made = resolve(self.model, scan(self.model), found.rules)
+        # Drawn from torch's generator, so that torch.manual_seed decides, as in PEFT.
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        attach(self.model, made, name, seed, found.statistics)
+        self._added(name, found.config, before)
+
+    def load(self, name: str, path: str | Path, config: PeftConfig, given: PeftConfig | None = None) -> LoadReport:
+        """Attach the adapter at a path, or give the one of this name its values. `given`: to be used instead of the
+        config in the file."""
+        before, new = self.active_adapters, name not in self.peft_config
+        override = None if given is None else given.to_dict()
+        report = load_adapter(self.model, path, name, allow_pickle=False, config=override)
+        if new:
+            self._added(name, copy.deepcopy(config), before)
+        return report
+
+    def load_values(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor],
+                    strict: bool) -> LoadReport:
+        """Give an adapter the values of a state dict in PEFT's keys."""
+        return load_tensors(self.model, config, tensors, name, strict)
+
+    def _added(self, name: str, config: PeftConfig, before: Sequence[str]) -> None:
+        self.peft_config[name] = config
+        if self._disabled:
+            self._disable(routes(self.model))
+        show_faces(self.model)
+        self._own_shared(name)
+        set_live(self.model, before or [name])
+        self._train_active(config.inference_mode)
+
+    def _own_shared(self, name: str) -> None:
+        """For tuners whose shared parameters have a name of their own in PEFT."""
+
+    def _train_active(self, inference_mode: bool) -> None:
+        for name in adapter_names(self.model):
+            self._require_grad(name, name in self.active_adapters and not inference_mode)
+
+    def _require_grad(self, name: str, flag: bool) -> None:
+        for _, adapter in attached(self.model, name):
+            require_grad(adapter, flag)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
+                       low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Attach the adapter whose config is in `peft_config` already."""
+        config = self.peft_config.pop(adapter_name)
+        self.add(adapter_name, config, state_dict)
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off. If it was active, the first one left becomes so."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist; there are: {', '.join(self.peft_config)}")
+        live = [name for name in self.active_adapters if name != adapter_name]
+        detach(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        show_faces(self.model)
+        if not live and self.peft_config:
+            live = [next(iter(self.peft_config))]
+            warnings.warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
+                          f"{live[0]}.", stacklevel=3)
+        if live:
+            self.set_adapter(live)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """16-bit adapter parameters become fp32; without `autocast_adapter_dtype`, those of the base weight's dtype."""
+        for weight, adapter in attached(self.model, adapter_name):
+            if not autocast_adapter_dtype:
+                adapter.to(weight.dtype)
+            elif any(param.dtype in (torch.float16, torch.bfloat16) for param in adapter.parameters()):
+                adapter.to(torch.float32)
+
+    # -- which are active -------------------------------------------------------------------------------
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(dict.fromkeys(name for route in routes(self.model) for name in route.live))
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these the active ones, trainable unless `inference_mode`; all others are frozen."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        present = adapter_names(self.model)
+        for name in names:
+            if name not in present:
+                raise ValueError(f"Adapter {name} not found; there are: {', '.join(present) or 'none'}")
+        if any(host.veneer.merged for _, host in hosts(self.model)):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            self.unmerge_adapter()
+        set_live(self.model, names)
+        self._train_active(inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._require_grad(name, requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Compute what the base computes, until `enable_adapter_layers`."""
+        if not self._disabled:
+            self._disabled = True
+            self._disable(routes(self.model))
+
+    def enable_adapter_layers(self) -> None:
+        if self._disabled:
+            self._disabled = False
+            for route in routes(self.model):
+                route.disabled -= 1
+        for _, host in hosts(self.model):
+            host.veneer.off.clear()
+
+    @staticmethod
+    def _disable(found: Sequence[Any]) -> None:
+        for route in found:
+            route.disabled += not route.disabled
+
+    # -- merging ----------------------------------------------------------------------------------------
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the active adapters, or these, into the base weights; the base's own are kept for `unmerge_adapter`.
+
+        It is always checked that what is written is finite, as `safe_merge` asks.
+        """
+        merged = self._merged()
+        wanted = list(dict.fromkeys([*merged, *(self.active_adapters if adapter_names is None else adapter_names)]))
+        if wanted == merged:
+            return
+        if merged:
+            unmerge(self.model)
+        merge(self.model, wanted)
+
+    def unmerge_adapter(self) -> None:
+        if self._merged():
+            unmerge(self.model)
+        else:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+
+    def _merged(self) -> list[str]:
+        return list(dict.fromkeys(name for _, host in hosts(self.model) for name in host.veneer.merged))
+
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False,
+                         adapter_names: list[str] | None = None) -> nn.Module:
+        """The base model with the active adapters, or these, merged for good. A quantised weight becomes an ordinary
+        one of 16 bit or more (PEFT quantises it again, which loses most of what was trained).
+
+        progressbar: without effect; it takes moments.
+        """
+        merged = self._merged()
+        wanted = list(dict.fromkeys([*merged, *(self.active_adapters if adapter_names is None else adapter_names)]))
+        if merged:
+            unmerge(self.model)
+        if wanted:
+            merge(self.model, wanted, keep=False)
+        return self.unload()
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters: the very object that was given, its classes and names as before."""
+        self.enable_adapter_layers()
+        detach(self.model)
+        self.peft_config.clear()
+        return self.model
+
+    # -- rows of a batch --------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Sequence[str] | None = None,
+                                   alora_offsets: Any = None, **kwargs: Any) -> Iterator[None]:
+        """Inside, each row of the batch goes through the adapter that `adapter_names` names for it, or through the
+        base alone for "__base__"."""
+        if alora_offsets is not None:
+            raise NotImplementedError("alora_offsets: Veneer has no activated LoRA (aLoRA); use Hugging Face peft")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names must be a list with one name for each row of the batch, got "
+                            f"{adapter_names!r}")
+        unknown = sorted({name for name in adapter_names if name != "__base__"} - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        with routed(self.model, [None if name == "__base__" else name for name in adapter_names]):
+            yield
+
+    # -- the rest ---------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes an adapter; every additive method has a form of lower rank."""
+        found = attached(self.model, adapter_name)
+        return bool(found) and all(adapter.method is None or adapter.method.additive for _, adapter in found)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        config = getattr(model, "config", {"model_type": "custom"})
+        return cast(dict[str, Any], config.to_dict() if callable(getattr(config, "to_dict", None)) else config)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor]) -> PeftConfig:
+    """The config with the modules as its targets that have keys in a state dict."""
+    marks = ("lora_", "hada_", "lokr_", "vera_", "randlora_", "vblora_")
+    modules = {key.partition(f".{mark}")[0].removeprefix("base_model.model.")
+               for key in state_dict for mark in marks if f".{mark}" in key}
+    if not modules:
+        raise VeneerError("state_dict: none of its keys belongs to an adapter; expected some like "
+                          "'layers.0.q_proj.lora_A.weight'")
+    found = copy.copy(config)
+    found.target_modules = modules  # type: ignore[attr-defined]
+    return found
+
+
+def shared_parameter(model: nn.Module, name: str, attribute: str) -> nn.Parameter | None:
+    """A parameter that all weights of an adapter share."""
+    for state in shared_states(model, name):
+        if attribute in state._parameters:
+            return state._parameters[attribute]
+    return None

@@ -1,0 +1,13 @@
+"""`LoKrModel`: LoKr adapters on a model."""
+
+from __future__ import annotations
+
+from veneer.peft.tuner import BaseTuner
+from veneer.peft.tuners.lokr.layer import LoKrLayer
+
+
+class LoKrModel(BaseTuner):
+    """PEFT's `LoKrModel`: LoKr adapters."""
+
+    prefix = "lokr_"
+    tuner_layer_cls = LoKrLayer
