@@ -84,6 +84,21 @@ class Xavier(_DrawnA):
 
 
 # -- both are drawn -----------------------------------------------------------------------------------------
+@register_init("kaiming_both")
+@dataclass(frozen=True, kw_only=True)
+class KaimingBoth(Init):
+    """A ~ U(-1/√in, 1/√in), B ~ U(-1/√r, 1/√r): two `nn.Linear` as they come, so that BA is not zero. With
+    `LoRA(residual="none")` it is PEFT's init_lora_weights=False, an adapter that changes the model before training.
+    """
+
+    moves = True
+
+    def factors(self, weight: Tensor | None, shape: tuple[int, int], rank: int, scale: float,
+                generator: torch.Generator, evidence: Evidence | None) -> Started:
+        A = _uniform((rank, shape[1]), 1 / math.sqrt(shape[1]), generator)
+        return Started(A, _uniform((shape[0], rank), 1 / math.sqrt(rank), generator))
+
+
 @register_init("orthogonal")
 @dataclass(frozen=True, kw_only=True)
 class Orthogonal(Init):
