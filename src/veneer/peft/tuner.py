@@ -20,9 +20,9 @@ from veneer.io.load import load as load_adapter
 from veneer.merge import merge, unmerge
 from veneer.method import VeneerError
 from veneer.peft.config import PeftConfig
-from veneer.peft.faces import show_faces
+from veneer.peft.layers.faces import show_faces
 from veneer.peft.translate import translate
-from veneer.peft.tuner_layer import BaseTunerLayer, require_grad, set_live
+from veneer.peft.layers.base import BaseTunerLayer, require_grad, set_live
 from veneer.plan import resolve
 from veneer.weights import scan
 

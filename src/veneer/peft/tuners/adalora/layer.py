@@ -1,38 +1,7 @@
-"""PEFT's AdaLoRA layers, as a face over the engine's hosts."""
+"""PEFT's layers of this method, at PEFT's place."""
 
 from __future__ import annotations
 
-from typing import cast
+from veneer.peft.layers.adalora import AdaLoraLayer, SVDLinear
 
-from torch import Tensor, nn
-
-from veneer.methods.adalora import AdaLoRAAdapter
-from veneer.peft.tuners.lora.layer import LoraLayer
-
-
-class AdaLoraLayer(LoraLayer):
-    """A, B and E are parameters by adapter name here, not modules. E is (r,) where PEFT has (r, 1)."""
-
-    adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
-
-    @property
-    def lora_A(self) -> nn.ParameterDict:  # type: ignore[override]
-        return self._part("lora_A", nn.ParameterDict)
-
-    @property
-    def lora_B(self) -> nn.ParameterDict:  # type: ignore[override]
-        return self._part("lora_B", nn.ParameterDict)
-
-    @property
-    def lora_E(self) -> nn.ParameterDict:
-        return self._part("lora_E", nn.ParameterDict)
-
-    @property
-    def ranknum(self) -> dict[str, Tensor]:
-        """How many triplets are left, by adapter name."""
-        return {name: cast(AdaLoRAAdapter, self._main(name)).rank() for name in self.adapters
-                if isinstance(self._main(name), AdaLoRAAdapter)}
-
-
-class SVDLinear(AdaLoraLayer):
-    """Over a linear layer."""
+__all__ = ["AdaLoraLayer", "SVDLinear"]

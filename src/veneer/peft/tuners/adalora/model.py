@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from veneer.allocate import update_and_allocate
 from veneer.peft.config import PeftConfig
+from veneer.peft.layers.adalora import AdaLoraLayer
 from veneer.peft.tuner import BaseTuner
-from veneer.peft.tuners.adalora.layer import AdaLoraLayer
 
 
 class AdaLoraModel(BaseTuner):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from veneer.peft.layers.family import LoHaLayer
 from veneer.peft.tuner import BaseTuner
-from veneer.peft.tuners.loha.layer import LoHaLayer
 
 
 class LoHaModel(BaseTuner):

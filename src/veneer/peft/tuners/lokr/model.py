@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from veneer.peft.layers.family import LoKrLayer
 from veneer.peft.tuner import BaseTuner
-from veneer.peft.tuners.lokr.layer import LoKrLayer
 
 
 class LoKrModel(BaseTuner):

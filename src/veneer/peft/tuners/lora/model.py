@@ -8,10 +8,10 @@ from typing import Any
 
 from veneer.combine import combine
 from veneer.method import nearest
-from veneer.peft.faces import show_faces
+from veneer.peft.layers.base import set_live
+from veneer.peft.layers.faces import show_faces
+from veneer.peft.layers.lora import LoraLayer
 from veneer.peft.tuner import BaseTuner
-from veneer.peft.tuner_layer import set_live
-from veneer.peft.tuners.lora.layer import LoraLayer
 
 #: PEFT's names of ways to combine: ours, and whether the result is cut to a rank
 _WAYS = {"linear": ("sum", False), "cat": ("cat", False), "svd": ("svd", True), "ties": ("ties", True),

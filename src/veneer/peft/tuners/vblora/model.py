@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from veneer.peft.layers.family import VBLoRALayer
 from veneer.peft.tuner import BaseTuner, shared_parameter
-from veneer.peft.tuners.vblora.layer import VBLoRALayer
 
 
 class VBLoRAModel(BaseTuner):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from veneer.peft.layers.base import BaseTunerLayer
 from veneer.peft.shown import bare
-from veneer.peft.tuner_layer import BaseTunerLayer
 
 
 class AuxiliaryTrainingWrapper(BaseTunerLayer):

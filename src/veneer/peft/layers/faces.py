@@ -13,15 +13,11 @@ from veneer.hosts.parameter import ParameterHost
 from veneer.hosts.swap import show
 from veneer.method import Adapter, Method
 from veneer.methods import AdaLoRA, DoRA, LoHa, LoKr, LoRA, RandLoRA, VBLoRA, VeRA
-from veneer.peft.saved_layers import ModulesToSaveWrapper, TrainableTokensWrapper
-from veneer.peft.tuners.adalora.layer import SVDLinear
-from veneer.peft.tuners.loha.layer import LoHaLayer
-from veneer.peft.tuners.lokr.layer import LoKrLayer
-from veneer.peft.tuners.lora import layer as lora
-from veneer.peft.tuners.randlora.layer import RandLoraLayer
-from veneer.peft.tuner_layer import BaseTunerLayer
-from veneer.peft.tuners.vblora.layer import VBLoRALayer
-from veneer.peft.tuners.vera.layer import VeraLayer
+from veneer.peft.layers import lora
+from veneer.peft.layers.adalora import SVDLinear
+from veneer.peft.layers.base import BaseTunerLayer
+from veneer.peft.layers.family import LoHaLayer, LoKrLayer, RandLoraLayer, VBLoRALayer, VeraLayer
+from veneer.peft.layers.whole import ModulesToSaveWrapper, TrainableTokensWrapper
 
 _OF_METHOD: dict[type[Method], type[BaseTunerLayer]] = {
     AdaLoRA: SVDLinear, LoHa: LoHaLayer, LoKr: LoKrLayer, VeRA: VeraLayer, VBLoRA: VBLoRALayer,

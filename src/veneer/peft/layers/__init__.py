@@ -1,0 +1,1 @@
+"""Faces over the engine's hosts: what PEFT's layers show, by the same names."""
