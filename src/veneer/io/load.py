@@ -136,8 +136,13 @@ def _fitted(record: Record, adapter: Adapter, own: Mapping[str, Tensor]) -> list
 
 def _narrowed(record: Record, have: Mapping[str, Tensor]) -> list[str]:
     return [f"{record.name!r}: {part} would be rounded from {tensor.dtype} to {have[part].dtype}"
-            for part, tensor in record.tensors.items()
-            if torch.promote_types(tensor.dtype, have[part].dtype) != have[part].dtype]
+            for part, tensor in record.tensors.items() if _is_rounded(tensor, have[part].dtype)]
+
+
+def _is_rounded(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """A number of the tensor, not only its dtype, is lost in another dtype."""
+    wide = torch.promote_types(tensor.dtype, dtype) == dtype
+    return not wide and not torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def _meaning(method: Method) -> Any:

@@ -321,7 +321,10 @@ def count_parameters(base: nn.Module, names: Any) -> tuple[int, int]:
 
 def _require_input_grads(model: Any) -> None:
     """With reentrant checkpointing a layer whose input needs no gradient gives its adapters none."""
-    if not getattr(model, "is_gradient_checkpointing", False):
+    # transformers 5.23 has renamed it, and warns of the old name.
+    flag = next((name for name in ("is_activation_checkpointing", "is_gradient_checkpointing")
+                 if name in dir(type(model))), None)
+    if flag is None or not getattr(model, flag):
         return
     ask = getattr(model, "enable_input_require_grads", None)
     if callable(ask):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -127,9 +128,12 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: Mapping[s
     config = _encoded(base, adapter_name, {})[0]
     tuner = tuner_of(model) or BaseTuner(base, {}, adapter_name, empty=True)
     report = tuner.load_values(adapter_name, config, peft_model_state_dict, strict=False)
-    wrong = [text for text in report.problems if not text.startswith(("missing", "unexpected"))]
+    rounded = [text for text in report.problems if "would be rounded" in text]
+    wrong = [text for text in report.problems if not text.startswith(("missing", "unexpected")) and text not in rounded]
     if wrong and not ignore_mismatched_sizes:
         raise VeneerError("set_peft_model_state_dict: " + "; ".join(wrong))
+    for text in rounded:
+        warnings.warn(text.replace("would be", "was"), stacklevel=2)
     return result_of(report)
 
 

@@ -230,7 +230,7 @@ class BaseTuner(nn.Module):
         if adapter_names is None:
             yield
             return
-        if self.training:
+        if self.model.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list with one name for each row of the batch, got "

@@ -24,13 +24,13 @@ class Values(MutableMapping[str, Any]):
         self._layer, self._read, self._write = layer, read, write
 
     def __getitem__(self, name: str) -> Any:
-        pair = self._layer.pair(name) if name in self._layer.adapters else None
+        pair = self._layer._lora(name) if name in self._layer.adapters else None
         if pair is None:
             raise KeyError(name)
-        return self._read(self._layer.config(name), pair)
+        return self._read(self._layer._lora_method(name), pair)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        pair = self._layer.pair(name) if name in self._layer.adapters else None
+        pair = self._layer._lora(name) if name in self._layer.adapters else None
         if pair is None:
             raise KeyError(name)
         if self._write is None:
@@ -42,7 +42,7 @@ class Values(MutableMapping[str, Any]):
         raise TypeError("take an adapter off the model with model.delete_adapter(name)")
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._layer.adapters if self._layer.pair(name) is not None)
+        return (name for name in self._layer.adapters if self._layer._lora(name) is not None)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -57,14 +57,14 @@ class LoraLayer(BaseTunerLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
 
-    def pair(self, name: str) -> LoRAAdapter | None:
+    def _lora(self, name: str) -> LoRAAdapter | None:
         """The LoRA of an adapter, out of what wraps it; None for one of another method."""
         adapter: Adapter = self._main(name)
         if isinstance(adapter, DoRAAdapter):
             adapter = adapter.inner
         return adapter if isinstance(adapter, LoRAAdapter) else None
 
-    def config(self, name: str) -> LoRA:
+    def _lora_method(self, name: str) -> LoRA:
         """The method of that LoRA."""
         method = self._main(name).method
         return cast(LoRA, method.inner if isinstance(method, DoRA) else method)
@@ -117,7 +117,7 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def lora_dropout(self) -> nn.ModuleDict:
-        rates = {name: cast(LoRAAdapter, self.pair(name)).dropout for name in self.scaling}
+        rates = {name: cast(LoRAAdapter, self._lora(name)).dropout for name in self.scaling}
         return nn.ModuleDict({name: nn.Dropout(rate) if rate else nn.Identity() for name, rate in rates.items()})
 
     @property
@@ -127,9 +127,9 @@ class LoraLayer(BaseTunerLayer):
     # -- scale ------------------------------------------------------------------------------------------
     def set_scale(self, adapter: str, scale: float) -> None:
         """The scale of the adapter's config times `scale`."""
-        pair = self.pair(adapter) if adapter in self.adapters else None
+        pair = self._lora(adapter) if adapter in self.adapters else None
         if pair is not None:
-            pair.scale = scale * self.config(adapter).scale
+            pair.scale = scale * self._lora_method(adapter).scale
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the present scale of every active adapter."""
