@@ -170,8 +170,9 @@ def config_class(peft_type: str | PeftType) -> type[PeftConfig]:
 
     names = [kind.value for kind in PeftType]
     if peft_type not in names:
-        raise VeneerError(f"unknown peft_type {peft_type!r}{nearest(str(peft_type), names) or '.'} Veneer has "
-                          f"{', '.join(kind.value for kind in FAMILY)}")
+        mine = [kind.value for kind in FAMILY]
+        hint = nearest(str(peft_type), mine) or nearest(str(peft_type), names) or "."
+        raise VeneerError(f"unknown peft_type {peft_type!r}{hint} Veneer has {', '.join(mine)}")
     found = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType(peft_type))
     if found is None:
         raise NotInVeneerError(f"peft_type {PeftType(peft_type).value!r}: Veneer has the LoRA family "

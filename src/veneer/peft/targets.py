@@ -139,8 +139,10 @@ def _settle_experts(model: nn.Module, base: BaseMap, config: Any) -> None:
     """Targets by the names that experts had before transformers 5 → the parameters that hold all of them now. Where
     two parts became one parameter, the pair has the rank and alpha of both together."""
     names = fused_experts(model_type(model))
-    if not names or not any(hits_target("gate_up_proj", path) for path in base.by_path):
+    if config.target_modules is None or not names:
         return
+    if not any(hits_target("gate_up_proj", path) for path in base.by_path):
+        return  # a version of the model with its experts apart
     if isinstance(config.target_modules, str):
         ends = _ends_hit(model, base, config, names)
         if not ends:
