@@ -1,4 +1,4 @@
-"""Warnings that name the weights they are about, at the line that called into this library."""
+"""Warnings at the line that called into this library; most name the weights they are about."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ def tell(texts: Mapping[str, Sequence[str]]) -> None:
         warnings.warn(f"{', '.join(map(repr, names[:_SHOWN]))}{more}: {text}", VeneerWarning, stacklevel=_outside())
 
 
+def say(text: str, kind: type[Warning] = VeneerWarning) -> None:
+    """One warning of this kind."""
+    warnings.warn(text, kind, stacklevel=_outside())
+
+
 def _outside() -> int:
-    """The stacklevel, for `tell`, of the nearest caller that is no part of this library."""
+    """The stacklevel, for the function that asks, of the nearest caller that is no part of this library."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == "veneer":
         level, frame = level + 1, frame.f_back

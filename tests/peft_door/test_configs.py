@@ -296,5 +296,5 @@ def test_nothing_heavy_is_imported():
 
 def test_every_error_is_a_veneer_error():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__module__ == errors.__name__]
-    assert len(kinds) == 3
+    assert len(kinds) >= 3
     assert all(issubclass(kind, VeneerError) for kind in kinds)

@@ -221,8 +221,9 @@ def test_an_unknown_architecture():
     ({"alpha_pattern": {"k_proj": 2}}, RuntimeWarning, r"alpha_pattern: \['k_proj'\] did not match"),
 ])
 def test_settings_that_hit_nothing_are_told(options, kind, says):
-    with pytest.warns(kind, match=says):
+    with pytest.warns(kind, match=says) as seen:
         translate(nets.decoder(), LoraConfig(**{"target_modules": ["q_proj"], **options}))
+    assert [warning.filename for warning in seen] == [__file__]
 
 
 @pytest.mark.parametrize(("config", "error", "says"), [

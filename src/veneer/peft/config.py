@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from veneer.io.files import write_all
-from veneer.method import VeneerError, VeneerWarning, nearest
+from veneer.method import VeneerError, nearest
+from veneer.notices import say
 from veneer.peft.errors import NotInVeneerError
 from veneer.peft.types import FAMILY, PeftType, TaskType
 
@@ -113,8 +113,7 @@ class PeftConfigMixin:
         if not isinstance(found, dict):
             raise VeneerError(f"{path_json_file} holds a {type(found).__name__}; an adapter's config is an object")
         if found.pop("runtime_config", None) is not None:
-            warnings.warn(f"{path_json_file} has a runtime_config, which is ignored: it holds at run time only",
-                          stacklevel=2)
+            say(f"{path_json_file} has a runtime_config, which is ignored: it holds at run time only", UserWarning)
         return found
 
     @classmethod
@@ -205,4 +204,4 @@ def _config_file(path: str | Path, subfolder: str | None, hub: dict[str, Any]) -
 
 def _no_effect(what: str, kwargs: dict[str, Any]) -> None:
     if kwargs:
-        warnings.warn(f"{what}: {', '.join(sorted(kwargs))} has no effect here", VeneerWarning, stacklevel=3)
+        say(f"{what}: {', '.join(sorted(kwargs))} has no effect here")

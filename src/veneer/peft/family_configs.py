@@ -3,10 +3,10 @@ peft/tuners/{adalora,loha,lokr,vblora,randlora,vera} and peft/tuners/lycoris_uti
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from veneer.notices import say
 from veneer.peft.config import PeftConfig, register_config
 from veneer.peft.lora_config import LoraConfig, as_sets, check_layers
 from veneer.peft.types import PeftType
@@ -44,8 +44,8 @@ class AdaLoraConfig(LoraConfig):
         if self.loftq_config:
             raise ValueError("AdaLoraConfig: AdaLoRA does not support LoftQ; leave out loftq_config")
         if self.r != 8:
-            warnings.warn(f"AdaLoraConfig: `r` (= {self.r}) is not used by AdaLoRA and will be ignored; the rank at "
-                          "the start is `init_r`", stacklevel=3)
+            say(f"AdaLoraConfig: `r` (= {self.r}) is not used by AdaLoRA and will be ignored; the rank at "
+                "the start is `init_r`", UserWarning)
         if self.total_step is None or self.total_step <= 0:
             raise ValueError("AdaLoraConfig: AdaLoRA needs `total_step`, the number of optimizer steps of the whole "
                              f"run, and it is {self.total_step}")
@@ -207,6 +207,5 @@ class VeraConfig(PeftConfig):
 
 def _warn_of_bases(config: Any) -> None:
     if not config.save_projection:
-        warnings.warn(f"{type(config).__name__}: save_projection=False leaves the random bases out of the file; they "
-                      "are drawn again from projection_prng_key, by PEFT not with the same numbers on every machine",
-                      stacklevel=4)
+        say(f"{type(config).__name__}: save_projection=False leaves the random bases out of the file; they "
+            "are drawn again from projection_prng_key, by PEFT not with the same numbers on every machine", UserWarning)

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from veneer.io.dialects.hf_lora import REFUSED
 from veneer.method import VeneerError, nearest
+from veneer.notices import say
 from veneer.peft.config import PeftConfig, register_config
 from veneer.peft.errors import NotInVeneerError
 from veneer.peft.types import PeftType
@@ -210,9 +210,9 @@ class LoraConfig(PeftConfig):
         """Where PEFT cannot turn what was trained back into plain LoRA, files of it are of no use to others."""
         rewriting = self.start in _REWRITING or self.start.startswith("pissa")
         if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and rewriting:
-            warnings.warn("use_rslora with rank_pattern or alpha_pattern and a start from the base weights "
-                          f"({self.init_lora_weights}): in PEFT `path_initial_model_for_weight_conversion` cannot be "
-                          "used then. Veneer saves plain LoRA in any case", stacklevel=4)
+            say("use_rslora with rank_pattern or alpha_pattern and a start from the base weights "
+                f"({self.init_lora_weights}): in PEFT `path_initial_model_for_weight_conversion` cannot be "
+                "used then. Veneer saves plain LoRA in any case", UserWarning)
 
 
 # -- checks that other configs share ------------------------------------------------------------------------
@@ -259,8 +259,8 @@ def _inner(value: Any, kind: type[T]) -> T | None:
 
 
 def _ignored(name: str, start: str) -> None:
-    warnings.warn(f"`{name}` specified but will be ignored when `init_lora_weights` is not {start!r}", stacklevel=5)
+    say(f"`{name}` specified but will be ignored when `init_lora_weights` is not {start!r}", UserWarning)
 
 
 def _default(start: str, kind: str) -> None:
-    warnings.warn(f"`init_lora_weights` is {start!r} and its config is not given: taking {kind}()", stacklevel=5)
+    say(f"`init_lora_weights` is {start!r} and its config is not given: taking {kind}()", UserWarning)

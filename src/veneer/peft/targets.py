@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from veneer.io.dialects.hf_names import hits_target, is_target
 from veneer.io.dialects.hf_write import NO_TARGETS
 from veneer.io.records import BaseMap
 from veneer.method import VeneerError
+from veneer.notices import say
 from veneer.peft.architectures import default_targets, fused_experts, known_architectures
 from veneer.peft.errors import NoMatchingPeftModuleError
 from veneer.peft.types import PeftType, TaskType
@@ -191,14 +191,14 @@ def find_targets(base: BaseMap, config: Any) -> Found:
     if not modules and not parameters:
         raise NoMatchingPeftModuleError(_nothing(base, config, excluded))
     if getattr(config, "exclude_modules", None) and not excluded:
-        warnings.warn(f"exclude_modules={_shown(config.exclude_modules)} was passed and no modules were excluded"
-                      f"{_near(config.exclude_modules, base.modules)}", stacklevel=3)
+        say(f"exclude_modules={_shown(config.exclude_modules)} was passed and no modules were excluded"
+            f"{_near(config.exclude_modules, base.modules)}", UserWarning)
     elif config.target_modules and not modules:
-        warnings.warn(f"target_modules={_shown(config.target_modules)} were set but no module was matched"
-                      f"{_near(config.target_modules, base.modules)}", RuntimeWarning, stacklevel=3)
+        say(f"target_modules={_shown(config.target_modules)} were set but no module was matched"
+            f"{_near(config.target_modules, base.modules)}", RuntimeWarning)
     elif getattr(config, "target_parameters", None) and not parameters:
-        warnings.warn(f"target_parameters={_shown(config.target_parameters)} were set but no parameter was matched"
-                      f"{_near(config.target_parameters, base.by_path)}", RuntimeWarning, stacklevel=3)
+        say(f"target_parameters={_shown(config.target_parameters)} were set but no parameter was matched"
+            f"{_near(config.target_parameters, base.by_path)}", RuntimeWarning)
     _warn_of_patterns(config, [*modules, *parameters])
     return Found(modules, parameters)
 
@@ -282,6 +282,5 @@ def _warn_of_patterns(config: Any, names: Collection[str]) -> None:
             continue  # there it is what training left, not a pattern
         unused = sorted(key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names))
         if unused:
-            warnings.warn(f"{field}: {unused} did not match any targeted module and were ignored"
-                          f"{_near([re.sub(r'[^A-Za-z0-9_.]', '', key) for key in unused], names)}", RuntimeWarning,
-                          stacklevel=4)
+            say(f"{field}: {unused} did not match any targeted module and were ignored"
+                f"{_near([re.sub(r'[^A-Za-z0-9_.]', '', key) for key in unused], names)}", RuntimeWarning)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import nn
 from veneer.io.dialects.hf_base import FileType
 from veneer.io.dialects.hf_names import hits_saved
 from veneer.io.records import BaseMap
-from veneer.method import Method, VeneerError, VeneerWarning, nearest
+from veneer.method import Method, VeneerError, nearest
 from veneer.methods import Full, Rows
+from veneer.notices import say
 from veneer.peft.errors import NotInVeneerError
 from veneer.weights import base_modules
 
@@ -32,14 +32,13 @@ def saved(model: nn.Module, base: BaseMap, entries: Sequence[str]) -> Chosen:
         mine = [names[id(module)] for name, module in model.named_modules(remove_duplicate=False)
                 if name and id(module) in names and hits_saved(entry, name)]
         if not mine and entry not in _HEADS:
-            warnings.warn(f"modules_to_save: no module's name ends in {entry!r}"
-                          f"{nearest(entry, {name.rpartition('.')[2] for name in names.values()})}", VeneerWarning,
-                          stacklevel=4)
+            say(f"modules_to_save: no module's name ends in {entry!r}"
+                f"{nearest(entry, {name.rpartition('.')[2] for name in names.values()})}")
         hit |= dict.fromkeys(mine)
     for name in hit:
         if name in base.buffered:
-            warnings.warn(f"modules_to_save: {name!r} has buffers; they stay with the base model, and the adapter's "
-                          "file holds its parameters alone", VeneerWarning, stacklevel=4)
+            say(f"modules_to_save: {name!r} has buffers; they stay with the base model, and the adapter's "
+                "file holds its parameters alone")
         for path in base.by_path:
             if path.startswith(f"{name}."):
                 yield path, Full()

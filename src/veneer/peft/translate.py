@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,9 @@ from torch import nn
 
 from veneer.io.dialects.hf_family import Family
 from veneer.io.records import BaseMap, Site, base_map, base_weights
-from veneer.method import Method, VeneerError, VeneerWarning
+from veneer.method import Method, VeneerError
 from veneer.methods import Full
+from veneer.notices import say
 from veneer.peft.config import PeftConfig, config_class
 from veneer.peft.remembered import recall
 from veneer.peft.replicate import replicate_layers
@@ -137,8 +137,7 @@ def _check_class(config: Any, name: str) -> None:
 def _check_ignored(config: Any) -> None:
     runtime = getattr(config, "runtime_config", None)
     if runtime is not None and runtime.ephemeral_gpu_offload:
-        warnings.warn("ephemeral_gpu_offload has no effect: Veneer computes nothing of DoRA's start on another device",
-                      VeneerWarning, stacklevel=3)
+        say("ephemeral_gpu_offload has no effect: Veneer computes nothing of DoRA's start on another device")
     if config.peft_type != PeftType.ADALORA:
         return
     for name, default in _IGNORED_BY_ADALORA.items():
@@ -151,8 +150,8 @@ def _statistics(model: nn.Module, config: Any) -> Statistics | None:
     """What a start from data needs, or None. Raises `VeneerError` where it was never collected."""
     start = config.start if config.peft_type == PeftType.LORA else ""
     if start == "eva":
-        warnings.warn("init_lora_weights='eva': the adapter begins as with True until "
-                      "initialize_lora_eva_weights(model, dataloader) is called", stacklevel=3)
+        say("init_lora_weights='eva': the adapter begins as with True until "
+            "initialize_lora_eva_weights(model, dataloader) is called", UserWarning)
     if start not in ("corda", "lora_ga"):
         return None
     found = recall(model, start)
@@ -171,7 +170,7 @@ def _settle_ties(draft: _Draft, config: Any, family: bool, given: bool) -> None:
     asked = bool(getattr(config, "ensure_weight_tying", False))
     tied = [site for site in map(draft.base.sites.__getitem__, draft.chosen) if len(site.spots) > 1]
     if asked and not any(len(site.spots) > 1 for site in draft.base.sites.values()):
-        warnings.warn("ensure_weight_tying=True, and this model has no tied weights", stacklevel=3)
+        say("ensure_weight_tying=True, and this model has no tied weights", UserWarning)
     for site in tied:
         why, all_hit = draft.why[site.name], len(draft.hit[site.name]) == len(site.spots)
         places = " and ".join(repr(spot.module) for spot in site.spots)
@@ -186,9 +185,9 @@ def _settle_ties(draft: _Draft, config: Any, family: bool, given: bool) -> None:
                               "alone (ensure_weight_tying is false). Untie them first: give one a clone of the weight")
         if not given:
             apart = "trains each of them apart" if all_hit else f"adapts {_hit(draft, site)} alone"
-            warnings.warn(f"{places} are one tied weight. PEFT {apart} here; Veneer adapts the weight in all its "
-                          f"places and keeps the tie, as with ensure_weight_tying=True ({why}). Untie them first, by "
-                          "giving one a clone of the weight, where that is not meant", VeneerWarning, stacklevel=3)
+            say(f"{places} are one tied weight. PEFT {apart} here; Veneer adapts the weight in all its "
+                f"places and keeps the tie, as with ensure_weight_tying=True ({why}). Untie them first, by "
+                "giving one a clone of the weight, where that is not meant")
             if "ensure_weight_tying" in vars(config):
                 config.ensure_weight_tying = True
 
@@ -214,5 +213,5 @@ def _settle_fan(config: Any, base: BaseMap, modules: Sequence[str], given: bool)
         config.fan_in_fan_out = kind == "conv1d"
         if not given:
             what = "torch.nn.Linear" if kind == "linear" else "Conv1D"
-            warnings.warn(f"fan_in_fan_out is set to {not config.fan_in_fan_out} but the target module is `{what}`. "
-                          f"Setting fan_in_fan_out to {config.fan_in_fan_out}", stacklevel=3)
+            say(f"fan_in_fan_out is set to {not config.fan_in_fan_out} but the target module is `{what}`. "
+                f"Setting fan_in_fan_out to {config.fan_in_fan_out}", UserWarning)
