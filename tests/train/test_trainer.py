@@ -18,9 +18,9 @@ from tiny import chat_rows, tiny_model, write_jsonl
 import veneer
 from veneer.method import VeneerError
 from veneer.train import run, trainer
+from veneer.train.adapter_checkpoints import DivergedError
 from veneer.train.model import load_model
 from veneer.train.settings import load_settings
-from veneer.train.trainer import DivergedError
 
 QUIET = ["output.check_reload=false", "output.check_merge=false", "output.report=false", "evaluation.generate=false"]
 

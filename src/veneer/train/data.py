@@ -67,16 +67,18 @@ def with_system(examples: list[Example], system: str | None) -> list[Example]:
 
 def read_files(paths: Sequence[str], base: Path) -> list[Example]:
     """Examples of all files, in their order. Raises `DataError`."""
-    rows: list[tuple[str, Any]] = []
-    for name in paths:
-        path = base / name
-        if not path.is_file():
-            raise DataError(f"no data file {name!r} (looked for {str(path)!r}){_siblings(path)}")
-        found = list(_READERS[_kind(path)](path))
-        if not found:
-            raise DataError(f"the data file {name!r} has no rows")
-        rows += found
-    return examples_from_rows(rows)
+    return examples_from_rows(row for name in paths for row in read_rows(name, base))
+
+
+def read_rows(name: str, base: Path) -> list[tuple[str, Any]]:
+    """(place, row) of every row of a file; a row that cannot be read is a `RowError`. Raises `DataError`."""
+    path = base / name
+    if not path.is_file():
+        raise DataError(f"no data file {name!r} (looked for {str(path)!r}){_siblings(path)}")
+    found = list(_READERS[_kind(path)](path))
+    if not found:
+        raise DataError(f"the data file {name!r} has no rows")
+    return found
 
 
 def _kind(path: Path) -> str:

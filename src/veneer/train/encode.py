@@ -77,17 +77,23 @@ class Encoder:
         """One example at full length. Raises `EmptyMaskError` if no token would carry loss."""
         if example.is_chat:
             text, spans = self._render(example)
-            ids, labels = self._tokens(text, spans, special=False)
-        else:
-            text = example.prompt + example.text
-            ids, labels = self._tokens(text, [(len(example.prompt), len(text))], special=True)
-            ids, labels = self._close(ids, labels)
+            return self._masked(example.place, *self._tokens(text, spans, special=False))
+        text = example.prompt + example.text
+        ids, labels = self._tokens(text, [(len(example.prompt), len(text))], special=True)
+        return self._masked(example.place, *self._close(ids, labels))
+
+    def encode_spans(self, place: str, text: str, spans: list[Span]) -> Encoded:
+        """A text of which the tokens that touch a span of characters carry loss, with the tokenizer's own special
+        tokens around it. Raises `EmptyMaskError` if there is none."""
+        return self._masked(place, *self._tokens(text, spans, special=True))
+
+    def _masked(self, place: str, ids: list[int], labels: list[int]) -> Encoded:
         if self.train_on == "everything":
             labels = list(ids)
         else:  # nothing after the last answer teaches anything
             last = max((i for i, label in enumerate(labels) if label != IGNORED), default=len(labels) - 1)
             ids, labels = ids[: last + 1], labels[: last + 1]
-        one = Encoded(place=example.place, input_ids=ids, labels=[IGNORED, *labels[1:]])
+        one = Encoded(place=place, input_ids=ids, labels=[IGNORED, *labels[1:]])
         self._check_mask(one, one)
         return one
 

@@ -114,8 +114,7 @@ def load_structure(settings: ModelSettings) -> Loaded:
     except (OSError, ValueError) as error:
         raise _cannot_load(settings, error) from error
     with contextlib.suppress(OSError):  # a model need not have the file
-        revision = {"revision": where["revision"]} if "revision" in where else {}
-        model.generation_config = transformers.GenerationConfig.from_pretrained(name, **revision)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(name, **_place(where))
     return _finish(model, tokenizer, name)
 
 
@@ -143,9 +142,13 @@ def checkpoint_folder(settings: ModelSettings) -> Path | None:
 def _hub_file(name: str, file: str, where: dict[str, Any]) -> Path | None:
     """A file of a model on the Hub, out of the cache or downloaded; None where the model has it not."""
     fetch = require("transformers.utils", "loading a model").cached_file
-    options = {"revision": where["revision"]} if "revision" in where else {}
-    found = fetch(name, file, _raise_exceptions_for_missing_entries=False, **options)
+    found = fetch(name, file, _raise_exceptions_for_missing_entries=False, **_place(where))
     return None if found is None else Path(found)
+
+
+def _place(where: dict[str, Any]) -> dict[str, Any]:
+    """What of it says which files are meant, and not how they are read."""
+    return {key: where[key] for key in ("revision", "cache_dir") if key in where}
 
 
 def _embedded_file(name: str) -> Path:
@@ -204,6 +207,8 @@ def _hub_source(settings: ModelSettings) -> tuple[str, dict[str, Any]]:
     where: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if settings.revision:
         where["revision"] = settings.revision
+    if settings.cache_dir:
+        where["cache_dir"] = str(Path(settings.cache_dir).expanduser())
     return (str(local) if local.is_dir() else settings.name), where
 
 

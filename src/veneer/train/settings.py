@@ -24,6 +24,7 @@ class ModelSettings:
     )
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hugging Face Hub.")
     trust_remote_code: bool = option(False, "Allow Python code that comes with the model.")
+    cache_dir: str | None = option(None, "Folder for models of the Hugging Face Hub; null takes its own.")
     quantize: str | dict[str, Any] | None = option(  # noqa: RUF009
         None, "Hold the linear weights in fewer bits: a scheme such as nf4, or {scheme: nf4, …} with its options."
     )

@@ -1,9 +1,8 @@
-"""transformers' Trainer for a model adapted in place: it saves, resumes and restores adapters, never the base."""
+"""The training command's Trainer: settings as its arguments, the loss over the mask, batches of like length."""
 
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,22 +14,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import veneer
-from veneer.attached import attached
-from veneer.method import VeneerError
+from veneer.train.adapter_checkpoints import AdapterCheckpoints, GradientGuard
 from veneer.train.batches import Collator, LengthGroupedSampler
-from veneer.train.checkpoint import load_progress, save_progress
 from veneer.train.encode import Encoded
 from veneer.train.evaluate import heldout_loss
 from veneer.train.loss import keeps_logits, masked_loss
 from veneer.train.settings import EvaluationSettings, TrainingSettings
 
-LAST_GOOD = "last_good"
 _RECENT = 9  # steps whose median is the present speed
-
-
-class DivergedError(VeneerError):
-    """The loss or a gradient is NaN or infinite; the message names the step and where the last good adapter is."""
 
 
 def total_steps(training: TrainingSettings, examples: int, world: int = 1) -> int:
@@ -87,8 +78,10 @@ def training_arguments(
     return arguments
 
 
-class AdapterTrainer(transformers.Trainer):
+class AdapterTrainer(AdapterCheckpoints):
     """Trains the adapter `adapter_name` of `model`, which stays adapted in place throughout."""
+
+    remedies = "a lower training.learning_rate, more training.warmup_ratio, model.dtype float32 instead of float16"
 
     def __init__(
         self,
@@ -109,7 +102,7 @@ class AdapterTrainer(transformers.Trainer):
             data_collator=Collator(pad_id),
             train_dataset=train,
             eval_dataset=heldout or None,
-            callbacks=[*callbacks, _GradientGuard(self)],
+            callbacks=[*callbacks, GradientGuard(self)],
         )
         self.remove_callback(transformers.PrinterCallback)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole accumulated batch
@@ -134,10 +127,7 @@ class AdapterTrainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         self.tokens_seen += int(inputs["attention_mask"].sum())
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            self.diverged(f"the loss is {float(loss)}")
-        return loss
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Mean held-out loss per token, over all processes."""
@@ -158,68 +148,6 @@ class AdapterTrainer(transformers.Trainer):
         data = self.train_dataset if train_dataset is None else train_dataset
         block = self.args.per_device_train_batch_size * self.accelerator.num_processes
         return LengthGroupedSampler([len(e) for e in data], block, self.args.data_seed)
-
-    # -- checkpoints --------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save:
-            path = Path(output_dir or self.args.output_dir)
-            path.mkdir(parents=True, exist_ok=True)
-            model = self.accelerator.unwrap_model(self.model)
-            veneer.save(model, path, name=self.adapter_name)
-            save_progress(model, self.adapter_name, path)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._restore(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is None:
-            raise VeneerError("there is no best checkpoint to go back to")
-        self._restore(self.state.best_model_checkpoint)
-
-    def _restore(self, path: str) -> None:
-        """Fill the adapter from a checkpoint; its parameters stay the same objects, which the optimizer may hold."""
-        model = self.accelerator.unwrap_model(self.model)
-        if not os.path.isdir(path):
-            raise VeneerError(f"there is no checkpoint at {path!r}")
-        veneer.load(model, path, name=self.adapter_name)
-        load_progress(model, self.adapter_name, Path(path))
-
-    def diverged(self, what: str) -> None:
-        """Stop, before the step is taken, and keep the adapter as it was. Raises `DivergedError`."""
-        model = self.accelerator.unwrap_model(self.model)
-        kept = "its parameters are not finite either, so it was not saved"
-        if all(torch.isfinite(p).all() for p in own_parameters(model, self.adapter_name)):
-            path = Path(self.args.output_dir) / LAST_GOOD
-            self._save(str(path))
-            kept = f"the adapter as it was before this step is in {str(path)!r}"
-        last = transformers.trainer_utils.get_last_checkpoint(self.args.output_dir)
-        checkpoint = f"; the last checkpoint is {last!r}" if last else ""
-        rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler is not None else self.args.learning_rate
-        raise DivergedError(
-            f"training stopped in step {self.state.global_step + 1} of {self.state.max_steps}: {what} at learning "
-            f"rate {rate:.3g}. The step was not taken: {kept}{checkpoint}. Usual remedies: a lower "
-            "training.learning_rate, more training.warmup_ratio, model.dtype float32 instead of float16"
-        )
-
-
-def own_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters of the adapter `name`."""
-    return [p for item in attached(model, name) for p in item.adapter.parameters()]
-
-
-class _GradientGuard(transformers.TrainerCallback):
-    """A finite loss can have gradients that are not; the optimizer must not see them."""
-
-    def __init__(self, trainer: AdapterTrainer) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-        if self.trainer.accelerator.scaler is not None or not gradients:
-            return  # a loss scaler meets infinities by design and skips those steps itself
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            self.trainer.diverged("the loss is finite but its gradient is not,")
 
 
 class TimeLimit(transformers.TrainerCallback):
