@@ -11,9 +11,12 @@ from typing import Any
 import veneer
 from veneer.formats import FORMATS
 from veneer.method import VeneerError
+from veneer.train.extras import require
 
 #: what the error of `veneer.load` says to callers of Python, and means nothing in a shell
 _PYTHON_HINT = ". strict=False loads what fits"
+#: the flags of `veneer train` beside a YAML file
+YAML_FLAGS = ("--set", "--dry-run", "--resume", "--print-schema")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +25,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"veneer {veneer.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="fine-tune a model as a YAML file says")
+    train = commands.add_parser(
+        "train", help="fine-tune a model as a YAML file says, or as FastChat's flags do",
+        epilog="Instead of a YAML file: the flags of FastChat's train_lora, such as --model_name_or_path, --data_path, "
+               "--lora_r and --output_dir, and those of transformers' TrainingArguments; `veneer train "
+               "--model_name_or_path X --help` lists them, docs/coming-from-fastchat.md describes them.",
+    )  # fmt: skip
     train.add_argument("config", nargs="?", help="the YAML file")
     train.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
     train.add_argument("--dry-run", action="store_true", help="show plan, data, mask and memory, then stop")
@@ -83,7 +91,8 @@ def _convert_arguments(convert: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 2 after an error, which is told in one message."""
-    arguments = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _in_flags(words) or build_parser().parse_args(words)
     try:
         return arguments.run(arguments)
     except VeneerError as error:
@@ -96,6 +105,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("veneer: interrupted", file=sys.stderr)
         return 130
+
+
+def _in_flags(words: Sequence[str]) -> argparse.Namespace | None:
+    """`veneer train` with flags that no run from a YAML file has: those of FastChat's command, or mistakes."""
+    place = next((i for i, word in enumerate(words) if not word.startswith("-")), None)
+    if place is None or words[place] != "train":
+        return None
+    own = [*YAML_FLAGS, "--help"]
+    flags = [word.partition("=")[0] for word in words[place + 1:] if word.startswith("--")]
+    if all(any(known.startswith(flag) for known in own) for flag in flags):
+        return None
+    return argparse.Namespace(debug="--debug" in words[:place], words=words[place + 1:], run=_train_in_flags)
+
+
+def _train_in_flags(arguments: argparse.Namespace) -> int:
+    require("transformers", "veneer train")
+    from veneer.fastchat.run import main as train
+
+    return train(arguments.words)
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,159 @@
+"""FastChat's arguments as dataclasses, and their flags: names and defaults of fastchat/train/train_lora.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+import transformers
+
+from veneer.fastchat.flags import Flag, foreign_flags, joined, renewed, split
+from veneer.method import VeneerError, nearest
+
+BIASES, TEMPLATES, MALFORMED, SIDES = ("none", "all", "lora_only"), ("vicuna", "model"), ("error", "skip"), \
+    ("right", "left")
+
+
+@dataclass
+class ModelArguments:
+    """The base model."""
+
+    model_name_or_path: str | None = field(default="facebook/opt-125m", metadata={
+        "help": "A Hugging Face model, a local folder, a .gguf file, or smollm2-135m for the embedded one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Allow Python code that comes with the model."})
+    padding_side: str = field(default="right", metadata={"help": "On which side batches are padded: right or left."})
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path:
+            raise VeneerError("--model_name_or_path is empty: give a Hugging Face model, a folder or smollm2-135m")
+        _choice("padding_side", self.padding_side, SIDES)
+
+
+@dataclass
+class DataArguments:
+    """Conversations in ShareGPT's form."""
+
+    data_path: str | None = field(default=None, metadata={"help": "Training conversations, .json or .jsonl."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "Held-out conversations."})
+    lazy_preprocess: bool = field(default=False, metadata={
+        "help": "Make tokens of a conversation when it is first needed, not all of them at the start."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own, with FastChat's additions. Without an accelerator it trains on the CPU, unasked."""
+
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for models of the Hugging Face Hub."})
+    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer, by transformers' name."})
+    model_max_length: int = field(default=512, metadata={"help": "Longer conversations are cut to this many tokens."})
+    flash_attn: bool = field(default=False, metadata={
+        "help": "Use the package flash-attn where it is installed, else PyTorch's own fused attention."})
+
+    def __post_init__(self) -> None:
+        if self.model_max_length < 1:
+            raise VeneerError(f"--model_max_length must be at least 1, got {self.model_max_length}")
+        # said aloud: else bf16 is refused, and several CPU processes train side by side
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        # one process drives one device: replicas made by DataParallel would not share the adapters' route
+        self._n_gpu = min(self.n_gpu, 1)
+
+
+@dataclass
+class LoraArguments:
+    """The adapter."""
+
+    lora_r: int = field(default=8, metadata={"help": "The rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "The scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
+    lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"], metadata={
+        "help": "Names of layers, or the ends of names; all-linear for every linear layer but the output head."})
+    lora_weight_path: str = field(default="", metadata={"help": "An adapter to go on from."})
+    lora_bias: str = field(default="none", metadata={
+        "help": "Which biases are trained too: none, all, or lora_only (those of the adapted layers)."})
+    q_lora: bool = field(default=False, metadata={"help": "Hold the base's linear weights in 4 bits (NF4)."})
+
+    def __post_init__(self) -> None:
+        _choice("lora_bias", self.lora_bias, BIASES)
+        if self.lora_r < 1:
+            raise VeneerError(f"--lora_r must be at least 1, got {self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise VeneerError(f"--lora_dropout must be at least 0 and below 1, got {self.lora_dropout}")
+        if not self.lora_target_modules:
+            raise VeneerError("--lora_target_modules is empty: name layers, such as q_proj v_proj, or all-linear")
+
+
+@dataclass
+class VeneerArguments:
+    """What FastChat has no flag for."""
+
+    conversation_template: str = field(default="vicuna", metadata={
+        "help": "How a conversation is written out: vicuna (FastChat's v1.1), or model, by the model's chat template."})
+    malformed: str = field(default="error", metadata={
+        "help": "What to do with conversations that cannot be used: error, or skip, which leaves them out and names "
+                "them."})
+
+    def __post_init__(self) -> None:
+        _choice("conversation_template", self.conversation_template, TEMPLATES)
+        _choice("malformed", self.malformed, MALFORMED)
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Everything that one command says. given: the flags that were there; notes: what to tell of them."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    lora: LoraArguments
+    own: VeneerArguments = field(default_factory=VeneerArguments)
+    given: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+_PARTS: Any = (ModelArguments, DataArguments, TrainingArguments, LoraArguments, VeneerArguments)
+
+
+class _Parser(transformers.HfArgumentParser):
+    """Errors are ours: the usage of more than a hundred flags would hide them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise VeneerError(f"veneer train: {message}")
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """The arguments of `veneer train` in FastChat's flags. Raises `VeneerError` for an unknown flag, a value that does
+    not fit, one of the flags that belong to a YAML file, and what transformers' TrainingArguments refuses."""
+    parser = _Parser(_PARTS, prog="veneer train", allow_abbrev=False)
+    known = {text for action in parser._actions for text in action.option_strings}
+    loose, flags = split(argv)
+    names = {f.name for f in dataclasses.fields(TrainingArguments)}
+    flags, notes = renewed(flags, names)
+    foreign_flags(loose, flags, known)
+    try:
+        *parts, rest = parser.parse_args_into_dataclasses(joined(flags), return_remaining_strings=True,
+                                                          look_for_args_file=False)
+    except VeneerError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        raise VeneerError(f"veneer train: {error}") from error
+    if rest:
+        raise VeneerError(f"veneer train: {rest[0]!r} is the value of no flag; a flag takes one value, and only "
+                          "--lora_target_modules and a few others take several")
+    model, data, training, lora, own = parts
+    if data.data_path is None:
+        raise VeneerError("veneer train: --data_path is missing: the training conversations, .json or .jsonl")
+    return Arguments(model=model, data=data, training=training, lora=lora, own=own, given=_given(flags), notes=notes)
+
+
+def _given(flags: Sequence[Flag]) -> frozenset[str]:
+    return frozenset(flag.name for flag in flags)
+
+
+def _choice(name: str, value: str, possible: Sequence[str]) -> None:
+    if value not in possible:
+        raise VeneerError(f"--{name} is {value!r}; possible: {', '.join(possible)}{nearest(str(value), possible)}")
