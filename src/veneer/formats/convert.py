@@ -60,7 +60,7 @@ def convert_file(source: str | Path, target: str | Path, to: str, base: str | Pa
         if value is not None and value not in FORMATS:
             raise VeneerError(f"convert: unknown format {option}={value!r}{nearest(value, FORMATS) or '.'} Known: "
                               f"{', '.join(FORMATS)}")
-    form = from_ or detect(source)
+    form = _format(source, from_)
     _check_target(source, target, to, name, overwrite)
     content = read(source, form, known(base), prefix)
     try:
@@ -71,6 +71,16 @@ def convert_file(source: str | Path, target: str | Path, to: str, base: str | Pa
     count = sum(tensor.numel() for record in content.records for tensor in record.tensors.values())
     return ConvertReport(source, target, form, to, written.files, written.bytes, len(content.records), count,
                          tuple(dict.fromkeys([*content.notes, *written.notes])))
+
+
+def _format(source: Path, said: str | None) -> str:
+    """What the files look like, or of formats that look alike the one that is said."""
+    found = detect(source)
+    if said is None or said == found:
+        return found
+    if {said, found} in ({"kohya", "lycoris"}, {"peft", "nemo"}):
+        return said
+    raise VeneerError(f"convert: {source} is in the format {found}, not {said}")
 
 
 def _check_target(source: Path, target: Path, to: str, name: str, overwrite: bool) -> None:

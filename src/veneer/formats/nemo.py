@@ -42,8 +42,8 @@ def _settings(content: Content) -> tuple[PeftConfig, list[str]]:
     linear = {name: method for name, method in pairs.items() if content.base.sites[name].is_linear} or pairs
     first = next(iter(linear.values()))
     for name, method in pairs.items():
-        rank = first.rank if name in linear else method.rank  # experts have ranks of their own
-        if (method.rank, method.scale * method.rank) != (rank, first.scale * rank) or method.alpha != first.alpha:
+        same_rank = method.rank == first.rank or name not in linear  # experts have a rank of their own
+        if not same_rank or _alpha(method) != _alpha(first):
             raise Inexpressible(f"{name!r} has {method} and {next(iter(linear))!r} {first}; NeMo has one dim and one "
                                 "alpha for all layers")
     kinds = {isinstance(record.method, DoRA) for record in content.records}

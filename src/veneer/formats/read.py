@@ -60,9 +60,10 @@ def read(source: Path, form: str, given: Known, prefix: str | None) -> Content:
         return _one_file(store.find(source), given, prefix)
     stored = store.read(source)
     content = _native(stored, given) if stored.layout == "native" else _peft(stored, given)
-    if form == "nemo" and META_NEMO not in content.header:
+    if form == "nemo":
         settings = stored.file.parent / NEMO_SETTINGS
-        content.header[META_NEMO] = json.dumps(read_json(settings)) if settings.is_file() else "{}"
+        if settings.is_file():
+            content.header[META_NEMO] = json.dumps(read_json(settings))
         if stored.manifest is None or not stored.manifest.plan:
             from veneer.formats.nemo import as_trained
 

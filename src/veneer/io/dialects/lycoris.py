@@ -219,7 +219,7 @@ def decode(groups: Mapping[str, Mapping[str, Tensor]], sites: Mapping[str, Site]
             raise VeneerError(f"{stem!r} has {', '.join(sorted(pieces))} and nothing that these would belong to")
         site = sites[stem]
         names = {piece: part for part, piece in PIECES[kind].items()}
-        parts = {names[piece]: tensor for piece, tensor in pieces.items() if piece in names}
+        parts: Parts = {names[piece]: tensor for piece, tensor in pieces.items() if piece in names}
         strange = sorted(set(pieces) - set(names) - set(_COMMON))
         if strange:
             raise VeneerError(f"{stem!r} has parts of more than one method: {', '.join(strange)} beside "

@@ -1,0 +1,176 @@
+"""convert_file: what a format cannot hold, and the settings of the front doors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from convert_helpers import (
+    as_others_would,
+    assert_equal,
+    at,
+    content,
+    refused,
+    saved,
+)
+from io_models import fresh, outputs
+from torch import nn
+
+import veneer
+from veneer import DoRA, Full, LoHa, LoRA, VeRA, convert_file
+from veneer.formats.content import FORMATS
+from veneer.formats.read import MODELOPT_STATE, NEMO_SETTINGS
+
+MIXED_RULES = {"block.0": LoRA(rank=2), "head": LoRA(rank=3)}
+LOSSY = [
+    ({"block.0": DoRA(LoRA(rank=2))}, "kohya", "kohya's files have no lengths; LyCORIS's have"),
+    ({"block.0": LoHa(rank=2)}, "kohya", "'block.0' has LoHa.*these files have LoRA"),
+    ({"block.0": VeRA(rank=2)}, "lycoris", "'block.0' has VeRA.*these files have LoRA and LoHa and LoKr"),
+    ({"embed": LoRA(rank=2)}, "lycoris", "'embed' is of kind embedding"),
+    ({"attention.in_proj_weight": LoRA(rank=2)}, "kohya",
+     "is of kind attention; these files adapt linear layers and convolutions"),
+    ({"block.0": LoRA(rank=2, bias=True)}, "kohya", "no added bias"),
+    ({"block.0": LoRA(rank=2), "head": Full()}, "lycoris", "'head' has Full"),
+    ({"block.0": LoRA(rank=2, alpha=0)}, "kohya", "alpha of 0, which LyCORIS takes for the rank"),
+    (MIXED_RULES, "nemo", "NeMo has one dim and one alpha for all layers"),
+    ({"block.0": LoRA(rank=2, alpha=2), "head": LoRA(rank=2, alpha=3)}, "nemo", "NeMo has one dim and one alpha"),
+    ({"block.0": LoRA(rank=2), "head": DoRA(LoRA(rank=2))}, "nemo", "some weights have DoRA and some LoRA"),
+    ({"conv2": LoRA(rank=2)}, "nemo", "'conv2' is of kind conv; NeMo adapts linear layers"),
+    ({"block.0": LoHa(rank=2)}, "nemo", "NeMo has LoRA and DoRA"),
+    ({"block.0": LoRA(rank=2, rank_stabilized=True)}, "nemo", "NeMo has no rank_stabilized=True"),
+    ({"block.0": LoRA(rank=2, bias=True)}, "nemo", "NeMo has no bias=True"),
+    ({"block.0": LoRA(rank=2), "head": Full()}, "nemo", "'head' has Full"),
+    ({"block.0": DoRA(LoRA(rank=2))}, "modelopt", "ModelOpt has LoRA alone"),
+    ({"block.0": LoRA(rank=2, alpha=-1)}, "modelopt", "ModelOpt's is above 0"),
+    ({"block.0": LoRA(rank=2, bias=True)}, "modelopt", "ModelOpt has no added bias"),
+    ({"block.0": LoRA(rank=2, dtype="float64")}, "modelopt", "ModelOpt has bfloat16, float16, float32"),
+    ({"block.0": LoRA(rank=2), "head": LoHa(rank=2)}, "peft", "a PEFT file has one method"),
+    ({"block.0": DoRA(LoHa(rank=2))}, "peft", "which PEFT does not have"),
+]
+
+
+@pytest.mark.parametrize(("rules", "to", "says"), LOSSY)
+def test_what_would_be_lost_is_said(tmp_path, rules, to, says):
+    source, _ = saved(tmp_path, rules)
+    (tmp_path / "out").mkdir()
+    refused(source, at(tmp_path / "out", to, "x"), to, f"cannot be converted to {to}, which would lose this: .*{says}")
+
+
+def test_groups_padding_and_ties_are_refused(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+            self.circular = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+            self.a_b, self.a = nn.Linear(4, 4), nn.ModuleDict({"b": nn.Linear(4, 4)})
+
+    for i, (rules, says) in enumerate([
+            ({"grouped": LoRA(rank=2)}, "a convolution with groups=2"),
+            ({"circular": LoHa(rank=2)}, "a convolution with padding_mode='circular'"),
+            ({"a_b": LoRA(rank=2), "a.b": LoRA(rank=2)}, "'a_b' and 'a.b' would both be 'lycoris_a_b'")]):
+        (tmp_path / str(i)).mkdir()
+        source, _ = saved(tmp_path / str(i), rules, Odd())
+        refused(source, tmp_path / str(i) / "x.safetensors", "lycoris", says)
+    (tmp_path / "g").mkdir()
+    source, _ = saved(tmp_path / "g", {"grouped": LoHa(rank=2)}, Odd())
+    convert_file(source, tmp_path / "g.safetensors", "lycoris")
+    convert_file(tmp_path / "g.safetensors", tmp_path / "back", "peft")
+    assert_equal(content(source), content(tmp_path / "back"))
+    source, _ = saved(tmp_path, {"*lm_head": LoRA(rank=2)}, fresh("llama_tied"))
+    refused(source, tmp_path / "x.safetensors", "lycoris", "is of kind embedding|is tied")
+
+
+
+
+def test_settings_of_nemo_travel(tmp_path):
+    from veneer.nemo import PeftConfig, apply_lora_to_linear_modules, load_adapter, read_config, save_adapter
+
+    config = PeftConfig(target_modules=["*proj"], dim=4, alpha=8, dropout=0.1, dropout_position="post", use_triton=True)
+    model = fresh("llama")
+    apply_lora_to_linear_modules(model, config)
+    with torch.no_grad():
+        for param in veneer.trainable(model):
+            param.normal_()
+    save_adapter(model, config, tmp_path / "nemo")
+    for form in FORMATS:
+        if form != "nemo":
+            convert_file(tmp_path / "nemo", at(tmp_path, form, f"b-{form}"), form)
+            convert_file(at(tmp_path, form, f"b-{form}"), tmp_path / f"c-{form}", "nemo")
+            texts = [(tmp_path / path / NEMO_SETTINGS).read_text() for path in (f"c-{form}", "nemo")]
+            assert texts[0] == texts[1]
+            assert read_config(tmp_path / f"c-{form}") == read_config(tmp_path / "nemo")
+            assert_equal(content(tmp_path / "nemo"), content(tmp_path / f"c-{form}"))
+            load_adapter(again := fresh("llama"), tmp_path / f"c-{form}")
+            assert torch.equal(outputs(again, "llama"), outputs(model.eval(), "llama"))
+
+
+def test_nemo_gets_settings_of_its_own(tmp_path):
+    from veneer.nemo import load_adapter, read_config
+
+    source, model = saved(tmp_path, {"*q_proj": LoRA(rank=2, alpha=3, dropout=0.25, init="xavier")}, fresh("llama"))
+    report = convert_file(source, tmp_path / "nemo", "nemo")
+    assert set(report.files) == {"adapter_model.safetensors", "adapter_config.json", NEMO_SETTINGS, "veneer.json"}
+    found = read_config(tmp_path / "nemo")
+    assert (found.dim, found.alpha, found.dropout, found.dropout_position, found.lora_A_init) == \
+        (2, 3, 0.25, "pre", "xavier")
+    assert len(found.target_modules) == 2
+    assert not found.use_dora
+    load_adapter(again := fresh("llama"), as_others_would(tmp_path / "nemo", tmp_path / "f"))
+    assert torch.equal(outputs(again, "llama"), outputs(model, "llama"))
+    (tmp_path / "f" / NEMO_SETTINGS).write_text((tmp_path / "nemo" / NEMO_SETTINGS).read_text())
+    convert_file(tmp_path / "f", tmp_path / "n", "native")  # as NeMo would have written it
+    method = content(tmp_path / "n").records[0].method
+    assert (method.dropout, method.dropout_on, method.init) == (0.25, "input", "xavier")
+
+
+def test_modelopts_state_travels(tmp_path):
+    from veneer import modelopt
+
+    config = {"adapter_name": "mine", "freeze_lora_weights": True,
+              "adapter_cfg": {"*": {"enable": False}, "block*": {"enable": True, "rank": 2, "scale": 0.3}}}
+    model = modelopt.update_model(fresh("mixed"), config)
+    with torch.no_grad():
+        for adapter in veneer.adapters(model)["mine"].weights.values():
+            adapter.B.normal_()
+    modelopt.save(model, tmp_path / "m")
+    for form in ("native", "peft", "kohya"):
+        convert_file(tmp_path / "m", at(tmp_path, form, f"b-{form}"), form)
+        convert_file(at(tmp_path, form, f"b-{form}"), tmp_path / f"c-{form}", "modelopt")
+        mode, = json.loads((tmp_path / f"c-{form}" / MODELOPT_STATE).read_text())["modelopt_state_dict"]
+        assert mode == json.loads((tmp_path / "m" / MODELOPT_STATE).read_text())["modelopt_state_dict"][0]
+        assert_equal(content(tmp_path / "m"), content(tmp_path / f"c-{form}"))
+        again = modelopt.restore(fresh("mixed"), tmp_path / f"c-{form}")
+        assert torch.equal(outputs(again, "mixed"), outputs(model, "mixed"))
+        assert not veneer.trainable(again)
+
+
+def test_modelopt_restores_what_came_from_elsewhere(tmp_path):
+    from veneer import modelopt
+    from veneer.modelopt import files
+
+    assert MODELOPT_STATE == files.STATE
+    source, model = saved(tmp_path, {"block.0": LoRA(rank=2, alpha=3), "head": LoRA(rank=3)})
+    convert_file(source, tmp_path / "m", "modelopt", name="mine")
+    again = modelopt.restore(fresh("mixed"), tmp_path / "m")
+    assert torch.equal(outputs(again, "mixed"), outputs(model, "mixed"))
+    assert set(veneer.adapters(again)) == {"mine"}
+    state = json.loads((tmp_path / "m" / MODELOPT_STATE).read_text())["modelopt_state_dict"][0][1]["config"]
+    fresh_model = modelopt.update_model(fresh("mixed"), state)  # the config alone makes the same layers
+    made = {name: a.method for name, a in veneer.adapters(fresh_model)["mine"].weights.items()}
+    assert {name: (m.rank, m.scale) for name, m in made.items()} == {"block.0": (2, 1.5), "head": (3, 1)}
+
+
+def test_several_adapters_and_layers_that_are_off(tmp_path):
+    from veneer import modelopt
+
+    model = fresh("mixed")
+    for name in ("one", "two"):
+        modelopt.update_model(model, {"adapter_name": name})
+    modelopt.save(model, tmp_path / "m")
+    refused(tmp_path / "m", tmp_path / "p", "peft", r"has 2 adapters \(one, two\)")
+    convert_file(tmp_path / "m" / "one", tmp_path / "p", "native")
+    single = modelopt.update_model(fresh("mixed"), {"adapter_name": "one"})
+    modelopt.disable_adapters(single, "head")
+    modelopt.save(single, tmp_path / "s")
+    refused(tmp_path / "s", tmp_path / "q", "peft", r"'one' is off in 1 layers \('head'\)")
