@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from veneer.peft.types import PeftType
+from veneer.peft.types import FAMILY, PeftType
 
 Targets = tuple[str, ...] | str
 
@@ -40,11 +40,12 @@ _VBLORA: dict[str, Targets] = {
     "t5": ("q", "k", "v", "o", "wi", "wo"), "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
     "deberta-v2": _DEBERTA_ALL, "deberta": ("in_proj",), "gemma4": _GEMMA4, "nemotron_h": _NEMOTRON,
 }
-_TABLES: dict[PeftType, Mapping[str, Targets]] = {
-    PeftType.VERA: {**_LORA, "phi": _QV},
-    PeftType.VBLORA: _VBLORA,
-    PeftType.ADALORA: {**_VBLORA, "roberta": ("query", "key", "value", "dense")},
-}
+_ADALORA: dict[str, Targets] = {**_VBLORA, "roberta": ("query", "key", "value", "dense")}
+_OF_TYPE = {PeftType.VERA: {**_LORA, "phi": _QV}, PeftType.VBLORA: _VBLORA, PeftType.ADALORA: _ADALORA}
+#: a table for each method, which users may add to
+_TABLES: dict[PeftType, dict[str, list[str] | str]] = {
+    kind: {name: found if isinstance(found, str) else list(found) for name, found in _OF_TYPE.get(kind, _LORA).items()}
+    for kind in FAMILY}
 
 #: how the parts of one expert, and the router, were called before transformers 5 → the parameter they are in now
 _MIXTRAL = {"gate": "gate.weight", "w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj"}
@@ -59,15 +60,20 @@ _EXPERTS: dict[str, Mapping[str, str]] = {
 }
 
 
+def targets_by_architecture(peft_type: PeftType) -> dict[str, list[str] | str]:
+    """The table of a method itself: `model_type` → target_modules."""
+    return _TABLES[peft_type]
+
+
 def default_targets(peft_type: PeftType, model_type: str | None) -> set[str] | str | None:
     """target_modules for a model of this architecture, or None where none are known."""
-    found = _TABLES.get(peft_type, _LORA).get(model_type or "")
+    found = _TABLES[peft_type].get(model_type or "")
     return found if found is None or isinstance(found, str) else set(found)
 
 
 def known_architectures(peft_type: PeftType) -> list[str]:
     """The architectures that `default_targets` knows."""
-    return sorted(_TABLES.get(peft_type, _LORA))
+    return sorted(_TABLES[peft_type])
 
 
 def fused_experts(model_type: str | None) -> Mapping[str, str]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from veneer.method import VeneerError
+from veneer.method import VeneerError, VeneerWarning
+
+#: what PEFT calls the base of its own warnings
+PeftWarning = VeneerWarning
 
 
-class NoMatchingPeftModuleError(VeneerError):
+class PeftError(VeneerError):
+    """What PEFT calls the base of its own errors."""
+
+
+class NoMatchingPeftModuleError(PeftError):
     """A config adapts nothing of the model."""
 
 

@@ -38,6 +38,39 @@ def local_folder(model_id: str | Path, subfolder: str | None = None, **hub: Any)
     return found / subfolder if subfolder else found
 
 
+def cached_model(name: str | Path) -> Path:
+    """The folder of a base model that is on this machine: a local one, or the Hub's copy of it. Never downloads.
+
+    Raises `VeneerError` where there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except (ImportError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise VeneerError(f"the weights of {str(name)!r} are not on this machine ({error}); give the folder or the "
+                          ".safetensors file that has them") from error
+
+
+def has_file(model_id: str | Path, name: str, subfolder: str | None = None, **hub: Any) -> bool:
+    """Whether a local folder, or a repository of the Hub, has a file. One that cannot be asked has none."""
+    if Path(model_id).is_dir():
+        return Path(model_id, subfolder or "", name).is_file()
+    if hub.get("local_files_only"):
+        return False
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        path = f"{subfolder}/{name}" if subfolder else name
+        return HfApi(token=hub.get("token")).file_exists(str(model_id), path, revision=hub.get("revision"))
+    except (ImportError, HfHubHTTPError, HFValidationError, OSError):
+        return False
+
+
 def push(repo_id: str, save: Callable[[str], Any], *, private: bool | None = None, token: str | None = None,
          commit_message: str | None = None, revision: str | None = None) -> Any:
     """Upload what `save(folder)` writes. Returns what `huggingface_hub` says about the commit."""

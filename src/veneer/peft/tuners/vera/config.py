@@ -1,0 +1,7 @@
+"""PEFT's config of this method, at PEFT's place."""
+
+from __future__ import annotations
+
+from veneer.peft.family_configs import VeraConfig
+
+__all__ = ["VeraConfig"]
