@@ -611,6 +611,53 @@ def test_convolutions_and_attention():
     assert translate(Odd(), LoHaConfig(target_modules=["grouped"])).modules == ("grouped",)
 
 
+def test_all_linear_passes_by_what_attention_reads_itself():
+    with pytest.raises(NoMatchingPeftModuleError, match="this Odd has no linear layer beside its output head"):
+        translate(Odd(), LoraConfig(target_modules="all-linear"))
+
+
+class Scaled(nn.Embedding):
+    """An embedding with a forward of its own, as Gemma's."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * 3
+
+
+def test_an_embedding_with_a_forward_of_its_own():
+    model = nn.Sequential(Scaled(5, 4), nn.Linear(4, 3))
+    found = translate(model, LoraConfig(target_modules=["0"], r=2, lora_dropout=0.1))
+    assert changed(found) == {"0.weight": LoRA(rank=2, alpha=8, init="torch.nn.init.normal_")}
+    veneer.attach(model, found.rules)
+    model(torch.tensor([1, 2]))
+
+
+class Shared(nn.Module):
+    """One module under two names, and one bias in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Linear(3, 3)
+        self.left, self.right = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.right.bias = self.left.bias
+
+
+def test_a_module_goes_by_all_its_names():
+    found = translate(Shared(), LoraConfig(target_modules=["left"], modules_to_save=["again"]))
+    assert changed(found)["first.weight"] == Full()
+
+
+def test_a_bias_of_two_layers_is_trained_for_both():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = translate(Shared(), LoraConfig(target_modules=["left"], bias="lora_only"))
+    assert changed(found)["left.bias"] == Full()
+
+
+def test_biases_inside_of_modules_trained_whole():
+    found = translate(nets.encoder(), LoraConfig(bias="all", modules_to_save=["classifier"]))
+    assert changed(found)["classifier.bias"] == Full()
+
+
 def test_layers_that_kernels_read():
     model = nn.Module()
     model.config, model.out_proj = {"model_type": "mamba"}, nn.Linear(2, 2)  # type: ignore[assignment]
@@ -622,9 +669,11 @@ def test_layers_that_kernels_read():
 def test_replicated_layers_have_adapters_of_their_own_over_the_same_numbers():
     options = {"layer_replication": [[0, 2], [1, 3]], "target_modules": ["q_proj"], "r": 2}
     model = nets.decoder()
+    before = list(model.model.layers)
     other = theirs(nets.decoder, "LoraConfig", options)
     found = translate(model, LoraConfig(**options))
     assert list(found.modules) == other.targeted_module_names
+    assert [layer for layer in model.model.layers if layer in before] == before
     first, second = (model.get_submodule(f"model.layers.{i}.self_attn.q_proj") for i in (1, 2))
     assert first.weight is not second.weight
     assert first.weight.data_ptr() == second.weight.data_ptr()
@@ -639,6 +688,16 @@ def test_replicated_layers_have_adapters_of_their_own_over_the_same_numbers():
     assert len(adapters(model)["default"].weights) == 4
     cached = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert torch.equal(cached, model.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False))
+
+
+def test_kinds_of_layers_are_replicated_too():
+    config = nets.transformers.Gemma2Config(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, head_dim=4,
+        num_key_value_heads=1, layer_types=["sliding_attention", "full_attention"])
+    model = nets.transformers.Gemma2ForCausalLM(config)
+    replicate_layers(model, [[0, 2], [1, 2]])
+    assert model.config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    model.eval().generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False)
 
 
 @pytest.mark.parametrize(("ranges", "says"), [

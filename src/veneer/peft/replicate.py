@@ -106,8 +106,6 @@ def _copy(layer: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for param in layer.parameters():
         memo[id(param)] = nn.Parameter(param.detach(), param.requires_grad)
-    for buffer in layer.buffers():
-        memo[id(buffer)] = buffer.detach()
     for module in layer.modules():  # one config for the whole model, as before
         config = getattr(module, "config", None)
         if config is not None and not isinstance(config, (nn.Module, torch.Tensor)):

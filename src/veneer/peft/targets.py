@@ -46,7 +46,8 @@ def settle_targets(model: nn.Module, base: BaseMap, config: Any) -> None:
     """Write into `config` what its target_modules mean for this model: the architecture's own where it has none, names
     for "all-linear", the parameters that experts are in now, and a shorter list where it is long.
 
-    Raises `ValueError` where the config has no targets and the architecture is unknown, and for a regex that is none.
+    Raises `ValueError` where the config has no targets and the architecture is unknown, for "all-linear" where nothing
+    is, and for a regex that is none.
     """
     _check_patterns(config)
     if config.peft_type == PeftType.LORA:
@@ -56,6 +57,9 @@ def settle_targets(model: nn.Module, base: BaseMap, config: Any) -> None:
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         config.target_modules = set(linear_modules(model, base, config.task_type))
+        if not config.target_modules and not getattr(config, "target_parameters", None):
+            raise NoMatchingPeftModuleError(f"target_modules={targets!r}: this {type(model).__name__} has no linear "
+                                            "layer beside its output head. Name the modules to adapt")
     if isinstance(config.target_modules, (list, set)) and len(config.target_modules) >= _MANY:
         config.target_modules = shortest(config.target_modules, base.modules)
 
