@@ -256,15 +256,12 @@ def not_taken(model: nn.Module, name: str, doing: str) -> None:
 
 
 @torch.no_grad()
-def _on_model(model: nn.Module, rank: Rank, name: str, to: str | None, extract: bool) -> LoRAReport:
-    found = readable(model, [name], "to_lora")[name]
-    if to is None:
-        _only_here(model, name)
-    else:
-        not_taken(model, to, "to_lora")
+def converted(model: nn.Module, name: str, rank: Rank, extract: bool = False) -> tuple[list[Piece], dict[str, str]]:
+    """What `to_lora` makes of the adapter `name`, one piece for each of its weights in their order, and why some are
+    left as they are; nothing is changed."""
     left: dict[str, str] = {}
     pieces = []
-    for weight, adapter in found:
+    for weight, adapter in readable(model, [name], "to_lora")[name]:
         why = _reason_to_leave(weight, adapter, extract)
         if why is None:
             with without_autocast(weight.tensor):
@@ -273,10 +270,21 @@ def _on_model(model: nn.Module, rank: Rank, name: str, to: str | None, extract: 
             assert adapter.method is not None
             left[weight.name] = why
             pieces.append(_kept(weight, adapter, adapter.method))
-    lines = tuple(piece.line for piece in pieces if piece.line is not None)
-    if not lines:
+    if all(piece.line is None for piece in pieces):
         raise VeneerError(f"to_lora: nothing to convert in {name!r}: "
                           + "; ".join(f"{weight!r} is {why}" for weight, why in list(left.items())[:3]))
+    return pieces, left
+
+
+@torch.no_grad()
+def _on_model(model: nn.Module, rank: Rank, name: str, to: str | None, extract: bool) -> LoRAReport:
+    found = readable(model, [name], "to_lora")[name]
+    if to is None:
+        _only_here(model, name)
+    else:
+        not_taken(model, to, "to_lora")
+    pieces, left = converted(model, name, rank, extract)
+    lines = tuple(piece.line for piece in pieces if piece.line is not None)
     before = size_of(adapter for _, adapter in found)
     if to is None:
         _replace(name, found, pieces)
