@@ -209,13 +209,15 @@ def _mapped(model: nn.Module, weights: list[Weight], rules: Mapping) -> tuple[di
         raise VeneerError(f"rules must be a method or a non-empty mapping {{pattern: method or None}}, got {rules!r}")
     chosen: dict[Weight, tuple[Method, str]] = {}
     said: dict[Weight, dict[int, tuple[Method | None, str]]] = defaultdict(dict)
+    index = _by_name(weights)
     for pattern, method in rules.items():
         if method is not None and not isinstance(method, Method):
             raise VeneerError(f"rule {_text(pattern)!r}: expected a method such as LoRA(rank=8) or None, "
                               f"got {method!r}")
         hits = 0
         reason = None
-        for weight in weights:
+        whole = isinstance(pattern, str) and "*" not in pattern
+        for weight in index.get(pattern, ()) if whole else weights:
             for number in _places_hit(pattern, weight):
                 reason = method.refusal(weight.layout.shape) if method and weight.layout.shape.is_vector else None
                 if reason is None:
@@ -241,6 +243,15 @@ def _mapped(model: nn.Module, weights: list[Weight], rules: Mapping) -> tuple[di
     if not chosen:
         raise VeneerError("the rules adapt nothing: every weight they hit ends at None")
     return _with_biases(weights, chosen, set(excluded)), excluded
+
+
+def _by_name(weights: list[Weight]) -> dict[str, list[Weight]]:
+    """The weights by every name that one of their places has: rules for thousands of weights name each of them."""
+    found: dict[str, list[Weight]] = {}
+    for weight in weights:
+        for name in dict.fromkeys(name for place in weight.places for name in place.names):
+            found.setdefault(name, []).append(weight)
+    return found
 
 
 def _with_biases(weights: list[Weight], chosen: dict, but: frozenset | set = frozenset()) -> dict:

@@ -38,6 +38,7 @@ class Targeted:
 
     def __init__(self, model: nn.Module, base: BaseMap, config: Any, given: bool) -> None:
         self.model, self.base, self.config, self.given = model, base, config, given
+        self.names = frozenset(base.modules)
         self.kind = file_type({"peft_type": config.peft_type.value})
         self.options: dict[str, Any] = {**vars(config), "init_lora_weights": True}
         for key in ("rank_pattern", "alpha_pattern"):
@@ -100,7 +101,7 @@ class Targeted:
         return DoRA(method) if self.config.use_dora else method
 
     def _is_embedding(self, name: str) -> bool:
-        return name in self.base.modules and isinstance(self.model.get_submodule(name), nn.Embedding)
+        return name in self.names and isinstance(self.model.get_submodule(name), nn.Embedding)
 
     def _started(self, method: LoRA, name: str, lookup: bool) -> LoRA:
         start = self.config.start

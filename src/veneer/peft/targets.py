@@ -61,7 +61,7 @@ def settle_targets(model: nn.Module, base: BaseMap, config: Any) -> None:
             raise NoMatchingPeftModuleError(f"target_modules={targets!r}: this {type(model).__name__} has no linear "
                                             "layer beside its output head. Name the modules to adapt")
     if isinstance(config.target_modules, (list, set)) and len(config.target_modules) >= _MANY:
-        config.target_modules = shortest(config.target_modules, base.modules)
+        config.target_modules = shortest(set(config.target_modules), base.modules)
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -115,12 +115,12 @@ def _heads(model: nn.Module, task_type: Any) -> set[int]:
     return {id(head)} if isinstance(head, nn.Module) else set()
 
 
-def shortest(targets: Collection[str], modules: Iterable[str]) -> set[str]:
+def shortest(targets: set[str], modules: Iterable[str]) -> set[str]:
     """As few ends of names as hit the same modules; `targets` where that is no gain.
 
     Each name, those with the simplest last parts first, is covered by its shortest end that no other module has.
     """
-    hit = {name for name in modules if any(hits_target(entry, name) for entry in targets)}
+    hit = {name for name in modules if not targets.isdisjoint(_ends(name))}
     foreign = {end for name in modules if name not in hit for end in _ends(name)}
     found: set[str] = set()
     for name in sorted(targets, key=_ends):
@@ -129,7 +129,7 @@ def shortest(targets: Collection[str], modules: Iterable[str]) -> set[str]:
         end = next((end for end in _ends(name) if end not in found and end not in foreign), None)
         if end is not None:
             found.add(end)
-    return found if found and len(found) < len(targets) else set(targets)
+    return found if found and len(found) < len(targets) else targets
 
 
 def _ends(name: str) -> list[str]:
