@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,27 +19,37 @@ COMMON = ["--data_path", "data.json", "--max_steps", "4", "--logging_steps", "1"
           "--lr_scheduler_type", "constant", "--save_strategy", "steps", "--save_steps", "2", "--disable_tqdm", "True",
           "--lora_dropout", "0.0"]  # fmt: skip
 FSDP = ["--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+# by itself accelerate shards models on accelerators only
+PROGRAM = {"ddp": ["-m", "veneer.train.cli", "--debug", "train"],
+           "fsdp": [str(Path(__file__).with_name("sharded_on_cpu.py")), *FSDP]}  # fmt: skip
 
 
-def in_two(*words: str) -> None:
-    """`torchrun` of two processes."""
+def in_two(kind: str, *words: str) -> str:
+    """What `torchrun` of two processes prints."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", "-m", "veneer.train.cli", "--debug", "train", *words]  # fmt: skip
+               "--rdzv-endpoint", "localhost:0", *PROGRAM[kind], *words]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("more", [[], FSDP], ids=["ddp", "fsdp"])
-def test_two_processes_give_the_numbers_of_one(
-    project: Path, folders: dict[str, Path], more: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_give_the_numbers_of_one(project: Path, folders: dict[str, Path], kind: str) -> None:
     base = ["--model_name_or_path", str(folders["biases"]), "--lora_bias", "lora_only", *COMMON]
     assert main(["train", *base, "--output_dir", "one", "--per_device_train_batch_size", "2"]) == 0
-    in_two(*base, *more, "--output_dir", "two", "--per_device_train_batch_size", "1")
+    spread = [*base, "--per_device_train_batch_size", "1"]
+    in_two(kind, *spread, "--output_dir", "two")
     one, two = tensors("one"), tensors("two")
     assert one.keys() == two.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, atol=1e-4, rtol=1e-3)
     assert losses("two") == pytest.approx(losses("one"), abs=1e-4)
-    assert sorted(path.name for path in Path("two").glob("*.safetensors")) == ["adapter_model.safetensors"]
+    names = {path.name for path in Path("two/checkpoint-2").iterdir()}
+    assert ("optimizer.bin" in names) == (kind == "fsdp")  # accelerate's name for one that was gathered
+    assert not any(name.startswith(("pytorch_model", "model")) for name in names)  # no byte of the base
+    shutil.copytree("two/checkpoint-2", "again/checkpoint-2")
+    assert "Going on from again/checkpoint-2" in in_two(kind, *spread, "--output_dir", "again")
+    for key, tensor in two.items():
+        torch.testing.assert_close(tensors("again")[key], tensor)

@@ -459,7 +459,7 @@ def test_a_run_that_diverges_stops_and_loses_nothing(
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--eval_strategy", "steps"], "--eval_strategy needs held-out conversations: --eval_data_path"),
-    (["--fsdp", "full_shard"], "Using fsdp only works in distributed training."),
+    (["--fsdp", "full_shard"], "--fsdp shards a model over accelerators, and this run is on the CPU; drop it"),
     (["--report_to", "no_such_tool"], "no_such_tool"),
 ])  # fmt: skip
 def test_what_the_trainer_refuses_is_one_message(

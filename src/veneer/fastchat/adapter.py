@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from veneer.attached import attached
 from veneer.fastchat.arguments import LoraArguments
 from veneer.method import Method, VeneerError, VeneerWarning, nearest
 from veneer.methods import Full, LoRA
+from veneer.plan import Pattern
 from veneer.train.adapter_files import find_adapter
 from veneer.weights import Weight, scan
 
@@ -36,20 +37,34 @@ def attach_lora(model: nn.Module, lora: LoraArguments, given: Collection[str], s
     return str(plan)
 
 
-def lora_rules(model: nn.Module, lora: LoraArguments) -> dict[str, Method | None]:
-    """Weight → method. Raises `VeneerError` for a name in `lora_target_modules` that is no layer of the model."""
+def lora_rules(model: nn.Module, lora: LoraArguments) -> dict[Pattern, Method | None]:
+    """Pattern → method. Raises `VeneerError` for a name in `lora_target_modules` that is no layer of the model."""
     weights = scan(model)
     method = LoRA(rank=lora.lora_r, alpha=lora.lora_alpha, dropout=lora.lora_dropout)
-    modules = _targets(weights, lora.lora_target_modules)
-    rules: dict[str, Method | None] = dict.fromkeys(modules, method)
-    return rules | {name: Full() for name in _biases(weights, lora.lora_bias, modules)}
+    targets = _targets(weights, lora.lora_target_modules)
+    rules: dict[Pattern, Method | None] = {_exactly(entry, names): method for entry, names in targets.items()}
+    biases = _biases(weights, lora.lora_bias, _union(targets))
+    if biases:
+        rules[_exactly(f"biases: {lora.lora_bias}", biases)] = Full()
+    return rules
 
 
-def _targets(weights: list[Weight], entries: list[str]) -> list[str]:
-    """Names of the modules that the entries hit, by PEFT's rule: a whole name, or the end of one after a dot."""
+def _exactly(text: str, names: Collection[str]) -> Pattern:
+    """A pattern that hits these names and is shown as `text`."""
+    wanted = frozenset(names)
+
+    def pattern(name: str, module: nn.Module) -> bool:
+        return name in wanted
+
+    pattern.__name__ = text
+    return pattern
+
+
+def _targets(weights: list[Weight], entries: list[str]) -> dict[str, list[str]]:
+    """The modules that each entry hits, by PEFT's rule: a whole name, or the end of one after a dot."""
     matrices = {place.module_name: weight for weight in weights for place in weight.places
                 if place.param == "weight" and place.module_name and not weight.layout.shape.is_vector}
-    found: dict[str, None] = {}
+    found: dict[str, list[str]] = {}
     for entry in entries:
         if entry == _ALL_LINEAR:
             hit = [name for name, weight in matrices.items() if weight.is_linear and not weight.is_head]
@@ -59,16 +74,19 @@ def _targets(weights: list[Weight], entries: list[str]) -> list[str]:
             ends = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
             raise VeneerError(f"--lora_target_modules: no layer is named {entry!r}{nearest(entry, ends) or '.'} Layers "
                               f"here: {', '.join(ends)}, or {_ALL_LINEAR}")
-        found |= dict.fromkeys(hit)
-    return list(found)
+        found[entry] = hit
+    return found
+
+
+def _union(targets: Mapping[str, list[str]]) -> set[str]:
+    return {name for names in targets.values() for name in names}
 
 
 def _biases(weights: list[Weight], which: str, modules: Collection[str]) -> list[str]:
     """Full names of the biases that are trained."""
-    if which == "none":
-        return []
-    names = [place.names[-1] for weight in weights for place in weight.places[:1] if place.names[-1].endswith("bias")]
-    return [name for name in names if which == "all" or name.rpartition(".")[0] in modules]
+    names = [weight.places[0].names[-1] for weight in weights]
+    biases = [name for name in names if name.endswith(".bias") and which != "none"]
+    return [name for name in biases if which == "all" or name.removesuffix(".bias") in modules]
 
 
 # -- going on from an adapter -----------------------------------------------------------------------------
@@ -105,7 +123,7 @@ def _check_given(model: nn.Module, methods: dict[str, Method | None], lora: Lora
                 raise _differs(flag, vars(lora)[flag], f"{there:g}")
     weights = scan(model)
     modules = {name.removesuffix(".weight") for name in pairs}
-    if "lora_target_modules" in given and set(_targets(weights, lora.lora_target_modules)) != modules:
+    if "lora_target_modules" in given and _union(_targets(weights, lora.lora_target_modules)) != modules:
         ends = sorted({name.rpartition(".")[2] for name in modules})
         raise _differs("lora_target_modules", " ".join(lora.lora_target_modules), " ".join(ends))
     trained = {name for name in methods if name not in pairs}

@@ -160,6 +160,7 @@ class _Data:
 # -- training ---------------------------------------------------------------------------------------------
 def _check(arguments: Arguments) -> None:
     """What shows before anything is loaded."""
+    check_sharding(arguments.training)
     if _evaluates(arguments.training) and not arguments.data.eval_data_path:
         raise VeneerError("--eval_strategy needs held-out conversations: --eval_data_path")
     path = Path(arguments.training.output_dir)
@@ -189,6 +190,15 @@ def _run(loaded: Loaded, data: _Loaded, arguments: Arguments, console: Console) 
     if is_first_process():
         console.say(f"Adapter {NAME!r}: {training.output_dir}")
     return result
+
+
+def check_sharding(training: Any) -> None:
+    """What would shard nothing, or more than an adapter's files can be gathered from."""
+    if training.fsdp and training.use_cpu:  # accelerate would leave the model whole, without a word
+        raise VeneerError("--fsdp shards a model over accelerators, and this run is on the CPU; drop it")
+    if training.deepspeed and training.hf_deepspeed_config.is_zero3():
+        raise VeneerError("--deepspeed: stage 3 of ZeRO takes weights apart in a way that adapters in place do not "
+                          "know; use stage 2, or --fsdp \"full_shard auto_wrap\", which shards the base too")
 
 
 def _evaluates(training: Any) -> bool:

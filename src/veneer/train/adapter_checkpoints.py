@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
+import accelerate
 import torch
 import transformers
 from torch import Tensor, nn
@@ -54,6 +55,16 @@ class AdapterCheckpoints(transformers.Trainer):
         report = veneer.save(model, path, name=self.adapter_name)
         save_progress(model, self.adapter_name, path)
         return report
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # transformers would write the whole base beside it, into every checkpoint
+        plugin = self.accelerator.state.fsdp_plugin
+        accelerate.utils.save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / transformers.trainer.SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(resume_from_checkpoint)
