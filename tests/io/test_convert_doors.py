@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from convert_helpers import (
     saved,
 )
 from io_models import fresh, outputs
+from safetensors.torch import load_file
 from torch import nn
 
 import veneer
@@ -103,6 +105,20 @@ def test_settings_of_nemo_travel(tmp_path):
             assert_equal(content(tmp_path / "nemo"), content(tmp_path / f"c-{form}"))
             load_adapter(again := fresh("llama"), tmp_path / f"c-{form}")
             assert torch.equal(outputs(again, "llama"), outputs(model.eval(), "llama"))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "nemo"])
+def test_what_nemo_itself_wrote(tmp_path, form):
+    """tests/nemo/golden: without anything of Veneer's in it."""
+    golden = Path(__file__).parent.parent / "nemo" / "golden" / "ckpt"
+    convert_file(golden, at(tmp_path, form, "b"), form)
+    convert_file(at(tmp_path, form, "b"), tmp_path / "c", "nemo")
+    first, last = (load_file(path / "adapter_model.safetensors") for path in (golden, tmp_path / "c"))
+    assert set(first) == set(last)
+    assert all(torch.equal(first[key], last[key]) and first[key].dtype == last[key].dtype for key in first)
+    for file in ("adapter_config.json", NEMO_SETTINGS):
+        said = [json.loads((path / file).read_text()) for path in (golden, tmp_path / "c")]
+        assert said[0] == said[1]
 
 
 def test_nemo_gets_settings_of_its_own(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import re
 
@@ -23,9 +24,10 @@ from convert_helpers import (
 )
 from io_models import Mixed, fresh, outputs, relative
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import veneer
-from veneer import LoHa, LoRA, convert_file
+from veneer import AdaLoRA, Full, LoHa, LoRA, Rows, VeRA, convert_file
 from veneer.formats.content import FORMATS
 from veneer.formats.read import detect
 from veneer.method import VeneerError
@@ -79,6 +81,51 @@ def test_other_methods_from_pefts_files_and_back(tmp_path, case, other):
     again = fresh("mixed")
     assert veneer.load(again, tmp_path / "c").problems == ()
     assert torch.equal(outputs(again, "mixed"), outputs(model, "mixed"))
+
+
+KINDS = [
+    ("gpt2", {"*c_attn": LoRA(rank=2), "*c_proj": Full()}),
+    ("gpt2", {"*c_attn": VeRA(rank=2), "*mlp.c_fc": VeRA(rank=2)}),
+    ("llama_tied", {"*embed_tokens": LoRA(rank=2), "*q_proj": LoRA(rank=2)}),
+    ("llama_tied", {"*embed_tokens": Full(), "*q_proj": LoRA(rank=2)}),
+    ("llama_tied", {"*embed_tokens": Rows([2, 3]), "*q_proj": AdaLoRA(init_r=3, target_r=2, total_step=9)}),
+]
+
+
+@pytest.mark.parametrize(("kind", "rules"), KINDS)
+def test_transposed_and_tied_weights(tmp_path, kind, rules):
+    """What is not to be seen in the tensors: Conv1D stores its weight turned, a head shares its embedding's."""
+    source, model = saved(tmp_path, rules, fresh(kind))
+    convert_file(source, tmp_path / "n", "native")
+    convert_file(tmp_path / "n", tmp_path / "p", "peft")
+    assert_equal(content(source), content(tmp_path / "p"))
+    first, last = (load_file(path / "adapter_model.safetensors") for path in (source, tmp_path / "p"))
+    assert set(first) == set(last)
+    assert all(torch.equal(first[key], last[key]) for key in first)
+    said = [json.loads((path / "adapter_config.json").read_text()) for path in (source, tmp_path / "p")]
+    for key in ("task_type", "fan_in_fan_out", "ensure_weight_tying", "r", "peft_type"):
+        assert said[0].get(key) == said[1].get(key)
+    again = fresh(kind)
+    assert veneer.load(again, tmp_path / "p").problems == ()
+    assert torch.equal(outputs(again, kind), outputs(model, kind))
+
+
+def test_experts(tmp_path):
+    model = nn.ModuleDict({"router": nn.Linear(6, 3), "experts": nn.Module()})
+    model["experts"].up = nn.Parameter(torch.randn(3, 4, 6))
+    source, _ = saved(tmp_path, {"router": LoRA(rank=2), "*.up": LoRA(rank=1, alpha=2)}, model)
+    for form in ("native", "nemo", "modelopt"):
+        convert_file(source, tmp_path / form, form)
+        convert_file(tmp_path / form, tmp_path / f"p-{form}", "peft")
+        assert_equal(content(source), content(tmp_path / f"p-{form}"))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_file(load_file(source / "adapter_model.safetensors"), bare / "adapter_model.safetensors")
+    (bare / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+    refused(bare, tmp_path / "x", "native", "target_parameters is on is not to be seen in it.*base=, --base")
+    convert_file(bare, tmp_path / "x", "native", model)
+    assert {r.name: r.tensors["A"].shape for r in content(tmp_path / "x").records} == {"router": (2, 6),
+                                                                                       "experts.up": (3, 1, 6)}
 
 
 def test_starts_become_plain_lora_where_the_format_has_none(tmp_path):

@@ -16,7 +16,7 @@ from convert_helpers import (
     saved,
     stripped,
 )
-from io_models import fresh, outputs
+from io_models import fresh, outputs, relative
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -147,9 +147,29 @@ def test_a_pipeline_has_prefixes_for_its_parts(tmp_path):
     veneer.detach(pipe)
     (tmp_path / "2").mkdir()
     source, _ = saved(tmp_path / "2", {"*": LoRA(rank=1)}, pipe)
+    convert_file(source, tmp_path / "mine.safetensors", "kohya", prefix="mine")
+    assert "mine_unet_to_q.alpha" in load_file(tmp_path / "mine.safetensors")
     convert_file(source, tmp_path / "2.safetensors", "kohya")
     stems = {key.partition(".")[0] for key in load_file(tmp_path / "2.safetensors")}
     assert stems == {"lora_unet_to_q", "lora_te1_q_proj", "lora_te2_q_proj"}
+
+
+def test_a_folder_of_transformers_tells_the_layers_and_peft_loads_the_result(tmp_path):
+    peft = pytest.importorskip("peft")
+    source, model = saved(tmp_path, {"*q_proj": LoRA(rank=2), "*mlp.*": LoRA(rank=3)}, fresh("llama"))
+    convert_file(source, tmp_path / "k.safetensors", "kohya")
+    foreign = stripped(tmp_path / "k.safetensors", tmp_path / "f.safetensors")
+    fresh("llama").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()  # the config is enough
+    convert_file(foreign, tmp_path / "p", "peft", tmp_path / "base")
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    assert (config["target_modules"], config["task_type"]) == (["q_proj", "gate_proj", "up_proj", "down_proj"],
+                                                               "CAUSAL_LM")
+    loaded = peft.PeftModel.from_pretrained(fresh("llama"), str(tmp_path / "p")).eval()
+    assert relative(outputs(loaded, "llama"), outputs(model, "llama")) < 1e-5
+    convert_file(tmp_path / "k.safetensors", tmp_path / "own", "peft")  # without a base
+    loaded = peft.PeftModel.from_pretrained(fresh("llama"), str(tmp_path / "own")).eval()
+    assert relative(outputs(loaded, "llama"), outputs(model, "llama")) < 1e-5
 
 
 def test_the_prefix_of_names(tmp_path):

@@ -23,12 +23,11 @@ META_NEMO, META_MODELOPT, META_STEMS = "veneer.nemo", "veneer.modelopt", "veneer
 @dataclass
 class Content:
     """One adapter. base: where its weights sit; about: the base, for manifests; header: what its tensor file's header
-    takes along; task_type: the word of PEFT's config."""
+    takes along."""
 
     records: list[Record]
     base: BaseMap
     seed: int | None = None
     about: dict[str, Any] = field(default_factory=dict)
     header: dict[str, str] = field(default_factory=dict)
-    task_type: str | None = None
     notes: list[str] = field(default_factory=list)

@@ -20,7 +20,7 @@ from veneer.io.reading import as_planned, fitting
 from veneer.io.records import BaseMap, Record, near
 from veneer.io.sites import META_SITES
 from veneer.io.structure import listed
-from veneer.io.tensors import content_hash, read_tensors
+from veneer.io.tensors import content_hash, read_metadata, read_sizes, read_tensors
 from veneer.method import VeneerError
 
 #: names of the files by which the front doors' directories are known
@@ -34,13 +34,13 @@ def detect(source: Path) -> str:
         return "modelopt"
     file = store.find(source)
     if file.suffix == ".safetensors":
-        tensors, meta = read_tensors(file)
+        keys, meta = read_sizes(file), read_metadata(file)
         if META_MANIFEST in meta:
             layout = Manifest.from_json(meta[META_MANIFEST], f"the manifest in {file}").layout
             if layout not in ("peft", "native"):
                 return layout
-        elif lycoris.is_dialect(tensors):
-            return "kohya" if all(key.partition(".")[2] in _KOHYA for key in tensors) else "lycoris"
+        elif lycoris.is_dialect(keys):
+            return "kohya" if all(key.partition(".")[2] in _KOHYA for key in keys) else "lycoris"
     if file.name == store.NATIVE_TENSORS:
         return "native"
     return "nemo" if (file.parent / NEMO_SETTINGS).is_file() else "peft"
@@ -91,7 +91,7 @@ def _peft(stored: store.Stored, given: Known) -> Content:
         records = as_planned(records, stored.manifest.plan)
     content = _content(stored.manifest, stored.metadata, base, _whole(records, base, problems, stored.file, given))
     content.notes = [*stored.notes, *reading.notes]
-    content.task_type = stored.config.get("task_type")
+    content.about["task_type"] = stored.config.get("task_type")
     if not content.about.get("name_or_path"):
         content.about["name_or_path"] = stored.config.get("base_model_name_or_path")
     if stored.manifest is None and any(content.base.sites[r.name].spots[0].kind == "conv" for r in content.records):

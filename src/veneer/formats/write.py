@@ -70,13 +70,13 @@ def _plain(content: Content) -> tuple[Content, list[str]]:
     changed = [new.name for new, old in zip(records, content.records, strict=True) if new.method != old.method]
     notes = [f"the start of {changed[0]!r} (and {len(changed) - 1} more) is not kept: the same change is "
              "written as a plain LoRA"] if changed else []
-    return Content(records, content.base, content.seed, content.about, content.header, content.task_type), notes
+    return Content(records, content.base, content.seed, content.about, content.header), notes
 
 
 def _peft(content: Content) -> tuple[dict[str, Any], Mapping[str, Tensor], list[str]]:
     config, tensors, notes = hf.encode(content.records, content.base)
     config["base_model_name_or_path"] = content.about.get("name_or_path")
-    config["task_type"] = content.task_type or config["task_type"]
+    config["task_type"] = content.about.get("task_type") or config["task_type"]
     return config, tensors, notes
 
 
@@ -116,7 +116,7 @@ def _modelopt(content: Content, target: Path, name: str) -> Written:
 def _one_file(content: Content, target: Path, form: str, prefix: str | None) -> Written:
     content, notes = _plain(content)
     modules = [content.base.sites[record.name].spots[0].module for record in content.records]
-    stems = lycoris.stems_for(modules, prefix or ("lora_unet" if form == "kohya" else "lycoris"))
+    stems = lycoris.stems_for(modules, prefix or (None if form == "kohya" else "lycoris"))
     methods = (LoRA,) if form == "kohya" else (LoRA, LoHa, LoKr)
     tensors = lycoris.encode(content.records, content.base.sites, stems, methods)
     writing = Writing(content.records, tensors, None, "", content.seed, content.about, {})

@@ -56,8 +56,9 @@ def flat(module: str) -> str:
     return module.replace(".", "_")
 
 
-def stems_for(modules: Sequence[str], prefix: str) -> dict[str, str]:
-    """module → stem. The parts of a pipeline (unet.…, text_encoder.…) have prefixes of their own in kohya's files.
+def stems_for(modules: Sequence[str], prefix: str | None) -> dict[str, str]:
+    """module → stem. prefix: None for that of kohya's files, where the parts of a pipeline (unet.…, text_encoder.…)
+    have prefixes of their own.
 
     Raises `Inexpressible` where two modules would get one stem.
     """
@@ -66,8 +67,10 @@ def stems_for(modules: Sequence[str], prefix: str) -> dict[str, str]:
     own = {"unet": "lora_unet", "text_encoder": "lora_te1" if second else "lora_te", "text_encoder_2": "lora_te2"}
     for module in modules:
         part, _, rest = module.partition(".")
-        kohya = prefix.startswith("lora_") and bool(rest) and part in own
-        found[module] = f"{own[part]}_{flat(rest)}" if kohya else f"{prefix}_{flat(module)}"
+        if prefix is None and rest and part in own:
+            found[module] = f"{own[part]}_{flat(rest)}"
+        else:
+            found[module] = f"{prefix or 'lora_unet'}_{flat(module)}"
     owners: dict[str, str] = {}
     for module, stem in found.items():
         other = owners.setdefault(stem, module)
