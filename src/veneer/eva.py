@@ -31,7 +31,12 @@ def get_eva_state_dict(model: nn.Module, batches: Iterable[Any], rules: Rules, *
         if entry.method.needs != EVA.needs:
             raise VeneerError(f"get_eva_state_dict: {entry.method} for {entry.name!r} does not start by EVA; give it "
                               "init=\"eva\"")
-    statistics = calibrate(model, batches, made, **options)
+    return first_factors(made, calibrate(model, batches, made, **options))
+
+
+def first_factors(made: Plan, statistics: Statistics) -> dict[str, Tensor]:
+    """The A (r, in) of every weight of a plan whose methods start by EVA, by weight name; those without a rank are not
+    there."""
     return {entry.name: _first_factor(entry.method, statistics[entry.name])
             for entry in portioned(made, statistics).entries}
 
@@ -59,10 +64,10 @@ def initialize_lora_eva_weights(model: nn.Module, batches: Iterable[Any] | None 
     made = resolve(model, scan(model), rules)
     if statistics is None:
         statistics = calibrate(model, batches or (), made, **options)
-    return _replaced(model, made, name, seed, statistics)
+    return replaced(model, made, name, seed, statistics)
 
 
-def _replaced(model: nn.Module, made: Plan, name: str, seed: int, statistics: Statistics) -> nn.Module:
+def replaced(model: nn.Module, made: Plan, name: str, seed: int, statistics: Statistics | None) -> nn.Module:
     """With the adapter that `made` says instead of `name`, which stays until the new one is there, whole."""
     live = [(route, route.live) for route in routes(model)]
     new = f"{name}_anew"

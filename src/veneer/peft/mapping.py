@@ -13,6 +13,7 @@ from veneer.peft import model as models
 from veneer.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, config_class
 from veneer.peft.mixed_model import PeftMixedModel
 from veneer.peft.tuners import PEFT_TYPE_TO_TUNER_MAPPING, tuner_class
+from veneer.peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
 from veneer.peft.types import TaskType
 from veneer.weights import base_modules
 
@@ -25,8 +26,13 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[models.PeftModel]] = {
     TaskType.FEATURE_EXTRACTION: models.PeftModelForFeatureExtraction,
 }
 
-__all__ = ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING",
-           "get_peft_config", "get_peft_model", "inject_adapter_in_model", "model_class"]
+#: of the methods whose adapters may lie side by side (`mixed=True`)
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {kind: PEFT_TYPE_TO_TUNER_MAPPING[kind] for kind in COMPATIBLE_TUNER_TYPES}
+PEFT_TYPE_TO_PREFIX_MAPPING = {kind: tuner.prefix for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+
+__all__ = ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+           "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config", "get_peft_model",
+           "inject_adapter_in_model", "model_class"]
 
 
 def model_class(task_type: Any) -> type[models.PeftModel]:
