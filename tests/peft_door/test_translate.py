@@ -13,8 +13,10 @@ from torch import nn
 
 import veneer
 from veneer import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, Rows, VBLoRA, VeRA
+from veneer.attached import attached
 from veneer.inits import CorDA, KaimingBoth, LoftQ, LoRAGA, TorchInit
 from veneer.inspect.summary import adapters
+from veneer.io.dialects.hf_types import file_type
 from veneer.io.records import base_map, base_weights
 from veneer.method import VeneerError, VeneerWarning
 from veneer.peft import remembered
@@ -242,9 +244,6 @@ def test_settings_that_hit_nothing_are_told(options, kind, says):
      "is named twice: target_modules gives it .* target_parameters gives it"),
     (LoraConfig(target_modules=["lm_head"], modules_to_save=["head"]), VeneerError, "named twice.*modules_to_save"),
     (AdaLoraConfig(total_step=9, use_rslora=True), VeneerError, "AdaLoRA has no use_rslora"),
-    (AdaLoraConfig(total_step=9, init_lora_weights=False), NotInVeneerError, "init_lora_weights=False starts"),
-    (LoHaConfig(init_weights=False), NotInVeneerError, "LoHaConfig: init_weights=False starts"),
-    (VeraConfig(init_weights=False), NotInVeneerError, "VeraConfig: init_weights=False starts"),
 ], ids=lambda value: str(value)[:24] if isinstance(value, str) else None)
 def test_what_cannot_be_adapted(config, error, says):
     with pytest.raises(error, match=says):
@@ -570,6 +569,41 @@ def test_each_option_of_the_family(config, method):
     assert only(translate(model, config, given=True)) == method
     veneer.attach(model, found.rules)
     model(**nets.inputs_for(model))
+
+
+@pytest.mark.parametrize(("config", "parts"), [
+    (LoHaConfig(init_weights=False, r=2), {"hada_w1_a", "hada_w2_b"}),
+    (LoKrConfig(init_weights=False, r=2), {"lokr_w1", "lokr_w2"}),
+    (VeraConfig(init_weights=False, r=64), {"vera_lambda_b", "vera_lambda_d"}),
+    (RandLoraConfig(init_weights=False, r=4), {"randlora_lambda", "randlora_gamma"}),
+    (AdaLoraConfig(init_lora_weights=False, total_step=9, init_r=64), {"lora_A", "lora_E", "lora_B"}),
+], ids=lambda value: type(value).__name__)
+def test_without_zeros_the_family_begins_changed_as_in_peft(config, parts):
+    model = nets.decoder()
+    inputs = nets.inputs_for(model)
+    base = model(**inputs).logits
+    veneer.attach(model, translate(model, config).rules)
+    assert not torch.equal(model(**inputs).logits, base)
+    assert only(translate(nets.decoder(), config, given=True)).init != "random"
+    options = {key: value for key, value in vars(config).items() if key not in ("peft_type", "peft_version")}
+    torch.manual_seed(1)
+    other = theirs(nets.decoder, type(config).__name__, options)
+    from_file = file_type({"peft_type": config.peft_type.value}).parts
+    for part, name in from_file.items():
+        if name not in parts:
+            continue
+        mine = torch.cat([adapter.get_parameter(part).detach().flatten()
+                          for _, adapter in attached(model, "default")])
+        its = torch.cat([value.detach().flatten() for key, value in other.named_parameters()
+                         if key.removesuffix(".weight").endswith(f".{name}.default")])
+        assert len(mine) == len(its)
+        assert 0.7 < (mine.abs().mean() / its.abs().mean()) < 1.4, name
+        assert 0.6 < (mine.abs().max() / its.abs().max()) < 1.6, name
+
+
+def test_a_start_that_adalora_does_not_have():
+    with pytest.warns(VeneerWarning, match="init_lora_weights='olora' has no effect"):
+        translate(nets.decoder(), AdaLoraConfig(total_step=9, init_lora_weights="olora"))
 
 
 def test_bases_left_out_of_the_file():

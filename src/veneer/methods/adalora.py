@@ -17,7 +17,7 @@ from veneer.budget.allocator import Allocator
 from veneer.budget.arithmetic import Schedule
 from veneer.budget.member import Member
 from veneer.forms import Factors
-from veneer.inits.random import normal
+from veneer.inits.random import check_choice, normal
 from veneer.method import Method, Shape, Shared, VeneerError, check_positive_int, check_probability, register
 from veneer.methods.options import as_dtype, check_number
 
@@ -33,6 +33,7 @@ class AdaLoRA(Method):
     deltaT: steps from one cut to the next; in between, what was cut may grow again. beta1, beta2: of the running
     averages by which triplets are judged. orth_reg_weight: of the term that keeps A's rows and B's columns
     orthogonal; it is added to gradients as the optimizer steps. dropout, dtype: as for LoRA.
+    init: "zero", what E starts at, with small A and B; "random": all from N(0, 1), so that the model begins changed.
 
     Optimizers of torch need nothing more. Each of their steps counts, from 1; one that a GradScaler skips does not. For
     others there is `veneer.update_and_allocate`. An adapter loaded with its final ranks keeps them when trained on.
@@ -52,6 +53,7 @@ class AdaLoRA(Method):
     alpha: float | None = None
     dropout: float = 0.0
     dtype: torch.dtype | None = None
+    init: str = "zero"
 
     def __post_init__(self) -> None:
         for field in ("init_r", "target_r", "deltaT"):
@@ -59,6 +61,7 @@ class AdaLoRA(Method):
         for field in ("beta1", "beta2", "orth_reg_weight", "dropout"):
             check_number("AdaLoRA", field, getattr(self, field))
         check_probability("AdaLoRA", "dropout", self.dropout)
+        check_choice("AdaLoRA", "init", self.init, ("zero", "random"))
         if self.alpha is not None:
             check_number("AdaLoRA", "alpha", self.alpha, also=" or None")
         if self.target_r > self.init_r:
@@ -122,7 +125,7 @@ class AdaLoRAAdapter(Member):
 
     def __init__(self, method: AdaLoRA, shape: Shape, dtype: torch.dtype, shared: Shared | None) -> None:
         super().__init__(shape, method.dropout)
-        self.scale = method.scale
+        self.scale, self.init = method.scale, method.init
         self.A = nn.Parameter(torch.empty(*shape.batch, method.init_r, shape.in_, dtype=dtype))
         self.E = nn.Parameter(torch.empty(*shape.batch, method.init_r, dtype=dtype))
         self.B = nn.Parameter(torch.empty(*shape.batch, shape.out, method.init_r, dtype=dtype))
@@ -132,9 +135,13 @@ class AdaLoRAAdapter(Member):
 
     def reset_parameters(self) -> None:
         generator = self.generator()
-        normal(self.A, 0.02, generator)
-        normal(self.B, 0.02, generator)
-        self.E.zero_()
+        std = 1.0 if self.init == "random" else 0.02
+        normal(self.A, std, generator)
+        normal(self.B, std, generator)
+        if self.init == "random":
+            normal(self.E, std, generator)
+        else:
+            self.E.zero_()
         self.mask.fill_(True)
 
     def form(self, dtype: torch.dtype | None = None) -> Factors:

@@ -32,7 +32,8 @@ class LoHa(Method):
     rank_dropout, rank_dropout_scale, module_dropout: in training, zero single outputs of ΔW (and rescale what
     stays), or leave all of it out.
     effective_conv: decompose a convolution's kernel too (`tucker`); without effect on other weights.
-    init: "kaiming" for all but B₂, which starts at zero. dtype: as for LoRA.
+    init: "kaiming" for all but B₂, which starts at zero; "random" for B₂ too, so that the model begins changed. dtype:
+    as for LoRA.
     """
 
     training_only = (*Method.training_only, "rank_dropout", "rank_dropout_scale", "module_dropout")
@@ -51,7 +52,7 @@ class LoHa(Method):
             check_number("LoHa", "alpha", self.alpha, also=" or None")
         check_drops("LoHa", self.rank_dropout, self.rank_dropout_scale, self.module_dropout)
         check_bool("LoHa", "effective_conv", self.effective_conv)
-        check_choice("LoHa", "init", self.init, ("kaiming",))
+        check_choice("LoHa", "init", self.init, ("kaiming", "random"))
         object.__setattr__(self, "dtype", as_dtype("LoHa", self.dtype))
 
     @property
@@ -68,7 +69,7 @@ class LoHaAdapter(Adapter):
 
     def __init__(self, method: LoHa, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__(shape)
-        self.scale, self.rank = method.scale, method.rank
+        self.scale, self.rank, self.init = method.scale, method.rank, method.init
         self.drops = Drops(method.rank_dropout, method.rank_dropout_scale, method.module_dropout)
         positions = torch.Size(shape.kernel).numel()
         self.decomposed = method.effective_conv and positions > 1
@@ -83,9 +84,11 @@ class LoHaAdapter(Adapter):
 
     def reset_parameters(self) -> None:
         generator = self.generator()
-        for tensor in (self.w1_a, self.w1_b, self.w2_a):
+        drawn = (self.w1_a, self.w1_b, self.w2_a, self.w2_b)
+        for tensor in drawn if self.init == "random" else drawn[:3]:
             uniform(tensor, tensor.shape[-1] ** -0.5, generator)
-        self.w2_b.zero_()
+        if self.init != "random":
+            self.w2_b.zero_()
         if self.decomposed:
             for tensor in (self.t1, self.t2):
                 uniform(tensor, tensor[0].numel() ** -0.5, generator)

@@ -30,7 +30,7 @@ class LoKr(Method):
     decompose_factor: out and in are split into m·n with m ≤ n, m the largest divisor that is at most this; -1 for
     as square as possible. If it divides a size itself, m is it.
     rank_dropout, rank_dropout_scale, module_dropout, effective_conv, dtype: as for LoHa.
-    init: what starts at zero: "kaiming" W₁ (as PEFT has it), "lycoris" W₂.
+    init: what starts at zero: "kaiming" W₁ (as PEFT has it), "lycoris" W₂, "random" neither: the model begins changed.
     """
 
     training_only = (*Method.training_only, "rank_dropout", "rank_dropout_scale", "module_dropout")
@@ -55,7 +55,7 @@ class LoKr(Method):
         check_drops("LoKr", self.rank_dropout, self.rank_dropout_scale, self.module_dropout)
         check_bool("LoKr", "decompose_both", self.decompose_both)
         check_bool("LoKr", "effective_conv", self.effective_conv)
-        check_choice("LoKr", "init", self.init, ("kaiming", "lycoris"))
+        check_choice("LoKr", "init", self.init, ("kaiming", "lycoris", "random"))
         object.__setattr__(self, "dtype", as_dtype("LoKr", self.dtype))
 
     @property
@@ -106,7 +106,7 @@ class LoKrAdapter(Adapter):
 
     def reset_parameters(self) -> None:
         generator = self.generator()
-        zero = ("w1", "w1_a") if self.init == "kaiming" else ("w2", "w2_b")
+        zero = {"kaiming": ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), "random": ()}[self.init]
         for name, tensor in self._parameters.items():
             if tensor is not None and name in zero:
                 tensor.zero_()

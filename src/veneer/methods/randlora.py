@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.forms import Factors
-from veneer.inits.random import check_choice
+from veneer.inits.random import check_choice, normal
 from veneer.method import Adapter, Method, Shape, Shared, VeneerError, check_positive_int, check_probability, register
 from veneer.methods.bases import ScaledBases
 from veneer.methods.options import as_dtype, check_bases, check_bool, check_number, check_seed, largest
@@ -31,6 +31,7 @@ class RandLoRA(Method):
     s = alpha/rank. dropout, dtype: as for LoRA. seed, bases, save_bases: as for VeRA.
     sparsity: entries of the bases are uniform (None), or -1, 0, 1 with 2/3 ("sparse") or 1 - 1/√min ("very_sparse")
     of them zero (Li et al. 2006); in each case divided by their standard deviation.
+    init: "zero", what λ starts at; "random": λ from N(0, 1), so that the model begins changed.
     """
 
     rank: int = 32
@@ -41,6 +42,7 @@ class RandLoRA(Method):
     bases: tuple[int, int] | None = None
     save_bases: bool = False
     dtype: torch.dtype | None = None
+    init: str = "zero"
 
     def __post_init__(self) -> None:
         check_positive_int("RandLoRA", "rank", self.rank)
@@ -49,6 +51,7 @@ class RandLoRA(Method):
         check_probability("RandLoRA", "dropout", self.dropout)
         check_seed("RandLoRA", self.seed)
         check_bool("RandLoRA", "save_bases", self.save_bases)
+        check_choice("RandLoRA", "init", self.init, ("zero", "random"))
         check_choice("RandLoRA", "sparsity", self.sparsity, (None, "sparse", "very_sparse"))
         object.__setattr__(self, "bases", check_bases("RandLoRA", self.bases))
         object.__setattr__(self, "dtype", as_dtype("RandLoRA", self.dtype))
@@ -113,11 +116,11 @@ class RandLoRABases(Shared):
 
 
 class RandLoRAAdapter(Adapter):
-    """lambda_ (*batch, r, n), which starts at zero, and gamma (*batch, n, min(out, in))."""
+    """lambda_ (*batch, r, n) and gamma (*batch, n, min(out, in))."""
 
     def __init__(self, method: RandLoRA, shape: Shape, dtype: torch.dtype, shared: Shared | None) -> None:
         super().__init__(shape, method.dropout)
-        self.scale = method.alpha / method.rank
+        self.scale, self.init = method.alpha / method.rank, method.init
         shorter = min(shape.out, shape.in_)
         bases = -(-shorter // method.rank)
         self.lambda_ = nn.Parameter(torch.empty(*shape.batch, method.rank, bases, dtype=dtype))
@@ -126,8 +129,12 @@ class RandLoRAAdapter(Adapter):
             self.use(shared)
 
     def reset_parameters(self) -> None:
-        self.lambda_.zero_()
-        self.gamma.fill_(1 / max(self.gamma.shape[-2:]))
+        if self.init == "random":
+            normal(self.lambda_, 1.0, self.generator())
+            self.gamma.fill_(1 / max(self.shape.out, self.shape.in_))
+        else:
+            self.lambda_.zero_()
+            self.gamma.fill_(1 / max(self.gamma.shape[-2:]))
 
     def form(self, dtype: torch.dtype | None = None) -> Factors:
         bases = self.shared_state()

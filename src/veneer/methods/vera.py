@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.forms import Factors
+from veneer.inits.random import check_choice, normal
 from veneer.method import (
     Adapter,
     Method,
@@ -39,6 +40,7 @@ class VeRA(Method):
     at (b starts at zero). dropout, dtype: as for LoRA. seed: of the bases.
     bases: (out, in) of the shared bases; None: the largest out and in among the weights, filled in by the plan.
     save_bases: write A and B into the file too, for tools that cannot draw them.
+    init: "zero", what b starts at; "random": b at one and d from N(0, 1), so that the model begins changed.
     """
 
     training_only = (*Method.training_only, "d_initial")
@@ -49,6 +51,7 @@ class VeRA(Method):
     bases: tuple[int, int] | None = None
     save_bases: bool = False
     dtype: torch.dtype | None = None
+    init: str = "zero"
 
     def __post_init__(self) -> None:
         check_positive_int("VeRA", "rank", self.rank)
@@ -57,6 +60,7 @@ class VeRA(Method):
         check_probability("VeRA", "dropout", self.dropout)
         check_seed("VeRA", self.seed)
         check_bool("VeRA", "save_bases", self.save_bases)
+        check_choice("VeRA", "init", self.init, ("zero", "random"))
         object.__setattr__(self, "bases", check_bases("VeRA", self.bases))
         object.__setattr__(self, "dtype", as_dtype("VeRA", self.dtype))
 
@@ -119,15 +123,19 @@ class VeRAAdapter(Adapter):
 
     def __init__(self, method: VeRA, shape: Shape, dtype: torch.dtype, shared: Shared | None) -> None:
         super().__init__(shape, method.dropout)
-        self.d_initial = method.d_initial
+        self.d_initial, self.init = method.d_initial, method.init
         self.d = nn.Parameter(torch.empty(*shape.batch, method.rank, dtype=dtype))
         self.b = nn.Parameter(torch.empty(*shape.batch, shape.out, dtype=dtype))
         if shared is not None:
             self.use(shared)
 
     def reset_parameters(self) -> None:
-        self.d.fill_(self.d_initial)
-        self.b.zero_()
+        if self.init == "random":
+            normal(self.d, 1.0, self.generator())
+            self.b.fill_(1.0)
+        else:
+            self.d.fill_(self.d_initial)
+            self.b.zero_()
 
     def form(self, dtype: torch.dtype | None = None) -> Factors:
         bases = self.shared_state()

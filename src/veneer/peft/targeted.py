@@ -29,8 +29,6 @@ _MAMBA_UNREAD = {"out_proj", "conv1d"}
 #: where an embedding starts: A from N(0, 1), B zero (peft/tuners/lora/layer.py)
 _EMBEDDING, _EMBEDDING_BOTH = (TorchInit(a="torch.nn.init.normal_", b=f"torch.nn.init.{b}_")
                                for b in ("zeros", "normal"))
-#: what the configs of the family call a start without zeros
-_WITHOUT_ZEROS = {"init_weights": False, "init_lora_weights": False}
 
 
 class Targeted:
@@ -117,6 +115,8 @@ class Targeted:
         if site is None or spot is None or layer_of(site, spot) not in kind.layers:
             raise self._unsupported(name, title, layers)
         method = kind.method_for(self.options, name)
+        if not self.given and not self._starts_at_zero():
+            method = dataclasses.replace(method, init="random")  # type: ignore[call-arg]
         odd = ", ".join(text for text in site.unusual if text.partition("=")[0] not in kind.carried)
         reason = f"it is a convolution with {odd}, on which PEFT's {title} is another function" if odd else \
             kind.refusal(method, site, ())
@@ -124,6 +124,11 @@ class Targeted:
             raise VeneerError(f"target_modules hit {name!r}, and {reason}. Use exclude_modules or other "
                               "target_modules, or veneer.attach, which has no such limit")
         return {site.name: method}
+
+    def _starts_at_zero(self) -> bool:
+        """By init_weights, or AdaLoRA's init_lora_weights; VB-LoRA has neither and begins in one way."""
+        field = "init_lora_weights" if self.config.peft_type == PeftType.ADALORA else "init_weights"
+        return bool(getattr(self.config, field, True))
 
     # -- what cannot be ---------------------------------------------------------------------------------
     def _unsupported(self, name: str, title: str, layers: str) -> UnsupportedLayerError:
@@ -165,12 +170,3 @@ def _lora_ga(config: LoraConfig) -> Init:
             raise NotInVeneerError(f"LoraGAConfig: {field}={getattr(found, field)!r} is not in Veneer, which has the "
                                    f"paper's {value!r}")
     return LoRAGA(gamma=found.stable_gamma)
-
-
-def check_starts(config: Any) -> None:
-    """Raise `NotInVeneerError` for a start of the family that Veneer does not have."""
-    lora = config.peft_type == PeftType.LORA
-    for field, value in _WITHOUT_ZEROS.items():
-        if not lora and getattr(config, field, True) in (value, None):
-            raise NotInVeneerError(f"{type(config).__name__}: {field}=False starts an adapter that changes the model "
-                                   "before training, which Veneer has for LoRA alone; leave it at True")

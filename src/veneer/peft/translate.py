@@ -17,7 +17,7 @@ from veneer.notices import say
 from veneer.peft.config import PeftConfig, config_class
 from veneer.peft.remembered import recall
 from veneer.peft.replicate import replicate_layers
-from veneer.peft.targeted import Targeted, check_starts
+from veneer.peft.targeted import Targeted
 from veneer.peft.targets import find_targets, settle_targets
 from veneer.peft.trained_whole import biases, saved, tokens
 from veneer.peft.types import PeftType
@@ -76,8 +76,6 @@ def translate(model: nn.Module, config: PeftConfig, name: str = "default", *, gi
     model, config = unwrap(model), copy.deepcopy(config)
     options: Any = config
     _check_ignored(options)
-    if not given:
-        check_starts(options)
     if getattr(options, "layer_replication", None):
         replicate_layers(model, options.layer_replication)
     weights = base_weights(model)
@@ -144,6 +142,9 @@ def _check_ignored(config: Any) -> None:
         if (getattr(config, name) or default) != default:
             raise VeneerError(f"AdaLoraConfig: AdaLoRA has no {name} (= {getattr(config, name)!r}), neither here nor "
                               "in PEFT; leave it at its default")
+    if config.start not in ("True", "False"):
+        say(f"AdaLoraConfig: init_lora_weights={config.init_lora_weights!r} has no effect: AdaLoRA begins in its own "
+            "way")
 
 
 def _statistics(model: nn.Module, config: Any) -> Statistics | None:
