@@ -27,6 +27,10 @@ class VeneerError(ValueError):
     """Bad input: the message says what, where, what was possible, and the nearest match."""
 
 
+class OptionError(VeneerError, TypeError):
+    """An option that a method does not have."""
+
+
 class VeneerWarning(UserWarning):
     """Something legal that is probably not what was meant."""
 
@@ -346,6 +350,16 @@ class Method:
     #: the new weight is W + ΔW with a ΔW that does not depend on W, so that DoRA may wrap it
     additive: ClassVar[bool] = True
 
+    def __new__(cls, *args: Any, **options: Any) -> Method:
+        """Before a dataclass says "unexpected keyword argument": what option was meant."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                meant = _ELSEWHERE.get(name)
+                hint = f"; it is {meant!r} here." if meant in known else nearest(name, known) or "."
+                raise OptionError(f"{cls.__name__} has no option {name!r}{hint} Options: {', '.join(known)}")
+        return super().__new__(cls)
+
     def __str__(self) -> str:
         """The method with those options that differ from their defaults."""
         parts = []
@@ -453,6 +467,10 @@ class Method:
         return "a vector has no low-rank change; use Full()" if shape.is_vector else None
 
 
+#: names of options in PEFT, NeMo and ModelOpt, and their own names here
+_ELSEWHERE = {"r": "rank", "dim": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora":
+              "rank_stabilized", "init_lora_weights": "init", "init_weights": "init", "lora_bias": "bias",
+              "lora_dtype": "dtype", "projection_prng_key": "seed", "save_projection": "save_bases"}
 M = TypeVar("M", bound=type[Method])
 _REGISTRY: dict[str, type[Method]] = {}
 

@@ -655,3 +655,18 @@ def test_the_progress_line():
     stream = Terminal()
     Progress(None, True, stream).step(3, "")
     assert stream.getvalue() == "\rcalibrate 3 batches, 0 s"
+
+
+def test_batches_without_a_mask_weigh_by_their_tokens():
+    """The mean gradient over all tokens, however they are cut into batches of several lengths."""
+    model, long, short = Attention(), tokens(4, 12), tokens(4, 3)
+
+    def loss(model, batch):
+        logits = model(batch["input_ids"])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["target"].flatten())
+
+    batches = [{"input_ids": b["input_ids"], "target": b["labels"]} for b in (long, short)]
+    statistics = found(model, batches, rules("lora_ga"), forward=loss, compress=False, mask=lambda batch: None)
+    total = sum(loss(model, b) * b["input_ids"].numel() for b in batches) / (48 + 12)
+    grad = torch.autograd.grad(total, model.o.weight)[0]
+    assert torch.allclose(statistics["o"]["gradient"], grad, atol=1e-6)

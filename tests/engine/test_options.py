@@ -167,3 +167,16 @@ def test_trained_rows_are_looked_up_without_the_new_table(padding, dtype):
         both = model(ids)
     low = model[0].adapters["other"]["weight"].delta()[ids].to(dtype)
     torch.testing.assert_close(both, want + low, rtol=torch.finfo(dtype).eps * 4, atol=torch.finfo(dtype).eps * 4)
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (lambda: LoRA(r=8), r"LoRA has no option 'r'; it is 'rank' here\. Options: rank, alpha"),
+    (lambda: LoRA(lora_dropout=0.1), r"LoRA has no option 'lora_dropout'; it is 'dropout' here\."),
+    (lambda: LoRA(rnak=8), r"LoRA has no option 'rnak'; did you mean 'rank'\?"),
+    (lambda: veneer.DoRA(LoRA(), weight=1), r"DoRA has no option 'weight'\. Options: inner"),
+])
+def test_an_option_that_is_none_names_the_one_that_was_meant(make, words: str) -> None:
+    with pytest.raises(VeneerError, match=words):
+        make()
+    with pytest.raises(TypeError, match=words):  # what Python itself raises for such a call
+        make()

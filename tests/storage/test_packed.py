@@ -332,3 +332,14 @@ def test_a_start_that_rewrites_a_weight_which_is_packed_already() -> None:
             veneer.attach(model, {"up": method})
     assert torch.equal(model.up.read(), before)
     assert type(model.up) is PackedLinear
+
+
+def test_loading_says_when_the_base_is_held_in_other_bits(tmp_path) -> None:
+    packed, dense = packed_and_dense()
+    veneer.attach(packed, LoRA(rank=4))
+    veneer.save(packed, tmp_path)
+    report = veneer.load(dense, tmp_path)
+    assert [note for note in report.notes if "'up' and 1 more was held as nf2, nf4, nf8 as float32 when this adapter was "
+            "trained and is float32 here" in note]
+    again, _ = packed_and_dense()
+    assert not veneer.load(again, tmp_path).notes

@@ -109,8 +109,10 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 
 def _length(batch: Any) -> int:
-    """How many examples a batch without a mask has; 1 where it does not say."""
+    """How much a batch without a mask weighs: its positions where it is token ids (whole numbers, two dimensions), else
+    its examples; 1 where it does not say."""
     if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
+        tokens = batch.dim() == 2 and not batch.is_floating_point() and batch.dtype != torch.bool
+        return batch.numel() if tokens else len(batch) if batch.dim() else 1
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((len(part) for part in parts if isinstance(part, Tensor) and part.dim()), 1)
+    return next((_length(part) for part in parts if isinstance(part, Tensor) and part.dim()), 1)

@@ -138,6 +138,24 @@ def compare(saved: Fingerprint, weights: list[Weight], made: str = "this adapter
     return out
 
 
+def held_otherwise(saved: Fingerprint, weights: list[Weight]) -> str | None:
+    """A sentence about these weights, where they are held in more or fewer bits than when an adapter was trained on
+    them; None where they are held as they were."""
+    other: list[tuple[str, Sample, Sample]] = []
+    for weight in weights:
+        then = saved.samples.get(weight.name)
+        if then is not None and then.values is not None:
+            now = _sample(weight, saved.count, saved.rows.get(weight.name, ()), False)
+            if now.values is not None and now.packed != then.packed:
+                other.append((weight.name, then, now))
+    if not other:
+        return None
+    name, then, now = other[0]
+    more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+    return (f"{name!r}{more} was held as {then.dtype} when this adapter was trained and is {now.dtype} here: it made up "
+            "for rounding that is another here, so what the model gives will differ a little")
+
+
 def sample(weight: Weight) -> Sample:
     """Of a weight whose values are about to be rewritten: enough for the fingerprint of any model it is part of."""
     return _sample(weight, _MOST, (), False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from veneer.attach import attach
 from veneer.attached import adapter_names, attached, hosts
 from veneer.io import store
-from veneer.io.fingerprint import begun_elsewhere
+from veneer.io.fingerprint import begun_elsewhere, held_otherwise
 from veneer.io.reading import Reading, records_in
 from veneer.io.records import SHOWN, Record
 from veneer.method import Adapter, Method, VeneerError, method_class, method_to_dict
@@ -81,6 +81,8 @@ def _put(model: nn.Module, reading: Reading, name: str, strict: bool) -> LoadRep
     if stored.fingerprint is not None:
         started = {record.name for record in records if is_started(record)}
         problems += begun_elsewhere(stored.fingerprint, [weight for weight in weights if weight.name in started])
+        note = held_otherwise(stored.fingerprint, [w for w in weights if w.name in {r.name for r in records}])
+        stored.notes += [] if note is None else [note]
     if existing:
         problems += _against_existing(model, name, records)
     if problems and strict:
