@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import veneer
-from veneer import DoRA, LoHa, LoKr, LoRA, convert_file
+from veneer import DoRA, Full, LoHa, LoKr, LoRA, convert_file
 from veneer.formats.read import detect
 
 FOREIGN = ["patterns", "rslora", "convs", "bf16", "dora", "dora_conv", "embedding", "lora_bias", "loha",
@@ -34,7 +34,8 @@ def test_pefts_own_files_need_no_base(tmp_path, case):
     rules = rules or {"conv2": LoHa(rank=2, alpha=3, effective_conv=True)}
     source, model = saved(tmp_path, rules)
     foreign = as_others_would(source, tmp_path / "foreign")
-    convert_file(foreign, tmp_path / "native", "native")
+    report = convert_file(foreign, tmp_path / "native", "native")
+    assert any("has groups or a dilation" in note for note in report.notes) == ("conv" in str(list(rules)))
     convert_file(tmp_path / "native", tmp_path / "again", "peft")
     for path in ("native", "again"):
         other = fresh("mixed")
@@ -125,6 +126,43 @@ def test_files_of_kohya_and_lycoris_alone(tmp_path, rules, form):
         first, last = load_file(foreign), load_file(tmp_path / f"h{i}.safetensors")
         assert set(first) == set(last)
         assert all(torch.equal(first[key], last[key]) for key in first if not key.endswith("alpha"))
+
+
+def test_one_factor_of_lokr_for_all_layers_where_one_does(tmp_path):
+    """PEFT's config has one; of a square layer alone the default would do too."""
+    source, _ = saved(tmp_path, {"to_q": LoKr(rank=1, alpha=3, decompose_factor=2),
+                                 "down_blocks.0": LoKr(rank=1, alpha=3, decompose_factor=2)}, Bare())
+    convert_file(source, tmp_path / "l.safetensors", "lycoris")
+    foreign = stripped(tmp_path / "l.safetensors", tmp_path / "f.safetensors")
+    convert_file(foreign, tmp_path / "p", "peft", Bare())
+    assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["decompose_factor"] == 2
+    assert_same_tensors(content(source), content(tmp_path / "p"))
+
+
+def test_biases_that_may_not_be_all(tmp_path):
+    source, _ = saved(tmp_path, {"block.*": LoRA(rank=2), "block.*.bias": Full()})
+    foreign = as_others_would(source, tmp_path / "f")
+    convert_file(foreign, tmp_path / "n", "native")
+    refused(tmp_path / "n", tmp_path / "p", "peft", "whether the trained biases are all of the model's is not known")
+    convert_file(tmp_path / "n", tmp_path / "p", "peft", fresh("mixed"))
+    assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["bias"] == "lora_only"
+
+
+def test_weights_that_are_stored_turned(tmp_path):
+    """transformers' Conv1D, seen by the sizes in the base's file."""
+    source, model = saved(tmp_path, {"*c_attn": LoRA(rank=2)}, fresh("gpt2"))
+    foreign = as_others_would(source, tmp_path / "f")
+    state = fresh("gpt2").state_dict()
+    save_file({name: tensor for name, tensor in state.items() if name != "lm_head.weight"}, tmp_path / "b.safetensors")
+    convert_file(foreign, tmp_path / "n", "native", tmp_path / "b.safetensors")
+    convert_file(tmp_path / "n", tmp_path / "p", "peft")
+    assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+    again = fresh("gpt2")
+    veneer.load(again, tmp_path / "p")
+    assert torch.equal(outputs(again, "gpt2"), outputs(model, "gpt2"))
+    (tmp_path / "2").mkdir()
+    source, _ = saved(tmp_path / "2", {"*c_attn": LoRA(rank=2), "*c_proj": Full()}, fresh("gpt2"))
+    refused(as_others_would(source, tmp_path / "f2"), tmp_path / "x", "native", r"may be stored as \(in, out\)")
 
 
 def test_a_pipeline_has_prefixes_for_its_parts(tmp_path):

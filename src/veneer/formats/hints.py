@@ -37,7 +37,7 @@ def peft_hints(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sized: 
     parts: Parts = {}
     found: dict[str, Hint] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = re.sub(r"\.base_layer(?=\.(weight|bias)$)", "", key.removeprefix(PREFIX))  # beside an adapter
         if ".base_layer." in name:
             raise VeneerError(f"convert: {key!r} may be of attention or of a single parameter, which cannot be seen in "
                               f"the file. {GIVE}, or the model itself")
