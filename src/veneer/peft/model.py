@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 import warnings
@@ -24,6 +25,7 @@ from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_sta
 
 from veneer.peft.tuners import tuner_class
 
+from veneer.storage.base import own_class
 from veneer.weights import scan
 
 _SEEN_AS: dict[tuple[type, type], type] = {}
@@ -216,7 +218,7 @@ class PeftModel(nn.Module):
                 records_of(self.get_base_model(), name)  # sharded tensors are gathered by all processes together
                 continue
             folder = Path(save_directory) / ("" if name == "default" else name)
-            save(self.get_base_model(), folder, name, dress=dressed(self.peft_config[name]),
+            save(self.get_base_model(), folder, name, dress=dressed(_naming_base(self.peft_config[name], self)),
                  values=values_by_part(self, kwargs.get("state_dict"), name))
         if is_main_process:
             write_card(Path(save_directory), self)
@@ -291,6 +293,16 @@ class PeftModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         write_card(Path(output_dir), self)
+
+
+def _naming_base(config: PeftConfig, model: PeftModel) -> PeftConfig:
+    """The config with the class of the base where it names no task, which `AutoPeftModel` goes by."""
+    if config.task_type is not None or config.auto_mapping is not None:
+        return config
+    kind = own_class(model.get_base_model())
+    found = copy.copy(config)
+    found.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return found
 
 
 def _blank(kind: type[PeftModel]) -> PeftModel:

@@ -28,6 +28,8 @@ from veneer.peft.tuner import BaseTuner
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 _WORDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "modules_to_save",
           "trainable_token_indices")
+#: settings of starts, and what they are where a start has none
+_STARTS: dict[str, Any] = {"loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None}
 _KEY = re.compile(r"'([^']*\.[^']*)'")
 
 
@@ -158,7 +160,8 @@ def dressed(config: PeftConfig) -> Dress:
             kept |= {key: mine[key] for key in _WHERE if key in mine}
         else:
             kept |= {key: None for key in _WHERE if key in mine and key not in found}
-        return {**mine, **found, **kept}, {}
+        began = {key: empty for key, empty in _STARTS.items() if key in mine}  # what is saved is plain LoRA
+        return {**mine, **found, **kept, **began}, {}
 
     return dress
 
