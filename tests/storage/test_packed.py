@@ -339,7 +339,7 @@ def test_loading_says_when_the_base_is_held_in_other_bits(tmp_path) -> None:
     veneer.attach(packed, LoRA(rank=4))
     veneer.save(packed, tmp_path)
     report = veneer.load(dense, tmp_path)
-    assert [note for note in report.notes if "'up' and 1 more was held as nf2, nf4, nf8 as float32 when this adapter was "
-            "trained and is float32 here" in note]
+    text = "'up' and 1 more was held as nf2, nf4, nf8 as float32 when this adapter was trained and is float32 here"
+    assert [note for note in report.notes if text in note]
     again, _ = packed_and_dense()
     assert not veneer.load(again, tmp_path).notes

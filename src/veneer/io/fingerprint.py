@@ -152,8 +152,8 @@ def held_otherwise(saved: Fingerprint, weights: list[Weight]) -> str | None:
         return None
     name, then, now = other[0]
     more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-    return (f"{name!r}{more} was held as {then.dtype} when this adapter was trained and is {now.dtype} here: it made up "
-            "for rounding that is another here, so what the model gives will differ a little")
+    return (f"{name!r}{more} was held as {then.dtype} when this adapter was trained and is {now.dtype} here: it made "
+            "up for rounding that is another here, so what the model gives will differ a little")
 
 
 def sample(weight: Weight) -> Sample:
