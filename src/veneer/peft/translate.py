@@ -151,8 +151,8 @@ def _statistics(model: nn.Module, config: Any) -> Statistics | None:
     """What a start from data needs, or None. Raises `VeneerError` where it was never collected."""
     start = config.start if config.peft_type == PeftType.LORA else ""
     if start == "eva":
-        say("init_lora_weights='eva': the adapter begins as with True until "
-            "initialize_lora_eva_weights(model, dataloader) is called", UserWarning)
+        say("init_lora_weights='eva': the adapter begins as with True until initialize_lora_eva_weights(model, "
+            "dataloader) is called; low_cpu_mem_usage saves nothing here, with or without it", UserWarning)
     if start not in ("corda", "lora_ga"):
         return None
     found = recall(model, start)
