@@ -109,7 +109,7 @@ def test_fsdp_and_deepspeed_reach_transformers() -> None:
     training = parse("--fsdp", "full_shard auto_wrap").training
     assert training.fsdp
     assert training.fsdp_plugin_args["reshard_after_forward"] is True
-    with pytest.raises(VeneerError, match=r"(?i)deepspeed"):  # it is not installed where tests run, and says so
+    with pytest.raises(VeneerError, match=r"(?i)deepspeed|no_such_config"):  # missing, or the file is
         parse("--deepspeed", "no_such_config.json")
 
 

@@ -367,8 +367,11 @@ def test_the_models_chat_template(
     assert tokenizer.decode(built[0].train_dataset[0]["input_ids"]) == "[user]say a</s>[assistant]A</s>" * 2
 
 
-def test_held_out_conversations(project: Path, folders: dict[str, Path]) -> None:
+def test_held_out_conversations(
+    project: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     once = train(folders["plain"], "--eval_data_path", "eval.json", out="once")
+    (loss,) = [row["eval_loss"] for row in state(once)["log_history"] if "eval_loss" in row]
+    assert f"Held-out loss: {loss:.4f}" in capsys.readouterr().out
     often = train(folders["plain"], "--eval_data_path", "eval.json", "--evaluation_strategy", "steps", "--eval_steps",
                   "1", out="often")  # fmt: skip
     found = [[row["step"] for row in state(out)["log_history"] if "eval_loss" in row] for out in (once, often)]

@@ -122,7 +122,7 @@ class _Parser(transformers.HfArgumentParser):
     """Errors are ours: the usage of more than a hundred flags would hide them."""
 
     def error(self, message: str) -> NoReturn:
-        raise VeneerError(f"veneer train: {message}")
+        raise VeneerError(message)
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -140,13 +140,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     except VeneerError:
         raise
     except (ValueError, ImportError, OSError) as error:
-        raise VeneerError(f"veneer train: {error}") from error
+        raise VeneerError(str(error)) from error
     if rest:
-        raise VeneerError(f"veneer train: {rest[0]!r} is the value of no flag; a flag takes one value, and only "
+        raise VeneerError(f"{rest[0]!r} is the value of no flag; a flag takes one value, and only "
                           "--lora_target_modules and a few others take several")
     model, data, training, lora, own = parts
     if data.data_path is None:
-        raise VeneerError("veneer train: --data_path is missing: the training conversations, .json or .jsonl")
+        raise VeneerError("--data_path is missing: the training conversations, .json or .jsonl")
     return Arguments(model=model, data=data, training=training, lora=lora, own=own, given=_given(flags), notes=notes)
 
 

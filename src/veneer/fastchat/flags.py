@@ -141,10 +141,10 @@ def foreign_flags(loose: Sequence[str], flags: Sequence[Flag], known: Collection
     if other:
         hint = nearest(other[0], [*known, *YAML_FLAGS]) or "."
         more = f" (and {', '.join(other[1:])})" if len(other) > 1 else ""
-        raise VeneerError(f"veneer train: unknown flag {other[0]}{more}{hint} `veneer train --model_name_or_path X "
+        raise VeneerError(f"unknown flag {other[0]}{more}{hint} `veneer train --model_name_or_path X "
                           "--help` lists FastChat's flags and transformers', `veneer train --help` those beside a YAML "
                           "file")
     if (loose or of_yaml) and mine:
         what = f"the file {loose[0]!r}" if loose else of_yaml[0]
-        raise VeneerError(f"veneer train: {what} belongs to a run from a YAML file, and {mine[0]} is a flag of "
+        raise VeneerError(f"{what} belongs to a run from a YAML file, and {mine[0]} is a flag of "
                           "FastChat's; give either the YAML file (with --set for single settings) or the flags")

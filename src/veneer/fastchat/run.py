@@ -179,12 +179,13 @@ def _run(loaded: Loaded, data: _Loaded, arguments: Arguments, console: Console) 
             data_collator=ConversationCollator(pad_id, arguments.model.padding_side), processing_class=loaded.tokenizer,
         )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:  # arguments that it refuses, libraries that they need
-        raise VeneerError(f"veneer train: {error}") from error
+        raise VeneerError(str(error)) from error
     if checkpoint:
         console.say(f"Going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if data.heldout is not None and not _evaluates(training):
-        trainer.evaluate()  # held-out conversations that were never looked at would be of no use
+        # held-out conversations that were never looked at would be of no use
+        console.say(f"Held-out loss: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_state()
     trainer.save_model()
     if is_first_process():
