@@ -6,6 +6,7 @@ Names, defaults and the file are those of Hugging Face PEFT 0.21 (peft/config.py
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import json
 from collections.abc import Callable
@@ -180,8 +181,9 @@ def config_class(peft_type: str | PeftType) -> type[PeftConfig]:
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON can hold it: sets as sorted lists."""
-    return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
+    """The same as JSON can hold it: sets as sorted lists, members of enums as their values."""
+    return {key: sorted(value) if isinstance(value, (set, frozenset)) else value.value if isinstance(value, enum.Enum)
+            else value for key, value in config.items()}
 
 
 def _config_file(path: str | Path, subfolder: str | None, hub: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from veneer.io.load import LoadReport, load_tensors
 from veneer.io.load import load as load_adapter
 from veneer.merge import merge, unmerge
 from veneer.method import VeneerError
-from veneer.peft.config import PeftConfig
+from veneer.peft.config import PeftConfig, plain
 from veneer.peft.layers.faces import show_faces
 from veneer.peft.translate import translate
 from veneer.peft.layers.base import BaseTunerLayer, require_grad, set_live
@@ -68,7 +68,7 @@ class BaseTuner(nn.Module):
         """Attach the adapter at a path, or give the one of this name its values. `given`: to be used instead of the
         config in the file."""
         before, new = self.active_adapters, name not in self.peft_config
-        override = None if given is None else given.to_dict()
+        override = None if given is None else plain(given.to_dict())
         report = load_adapter(self.model, path, name, allow_pickle=False, config=override)
         if new:
             self._added(name, copy.deepcopy(config), before)
