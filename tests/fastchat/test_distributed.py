@@ -48,9 +48,13 @@ def in_two(kind: str, *words: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", pytest.param("zero2", marks=needs_deepspeed)])
-def test_two_processes_give_the_numbers_of_one(project: Path, folders: dict[str, Path], kind: str) -> None:
-    base = ["--model_name_or_path", str(folders["biases"]), "--lora_bias", "lora_only", *COMMON]
+@pytest.mark.parametrize(("kind", "more"), [
+    ("ddp", []), ("fsdp", []), ("fsdp", ["--q_lora", "True"]), pytest.param("zero2", [], marks=needs_deepspeed),
+])  # fmt: skip
+def test_two_processes_give_the_numbers_of_one(
+    project: Path, folders: dict[str, Path], kind: str, more: list[str]
+) -> None:
+    base = ["--model_name_or_path", str(folders["biases"]), "--lora_bias", "lora_only", *COMMON, *more]
     assert main(["train", *base, "--output_dir", "one", "--per_device_train_batch_size", "2"]) == 0
     spread = [*base, "--per_device_train_batch_size", "1"]
     zero(2)

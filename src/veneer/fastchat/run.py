@@ -87,9 +87,6 @@ def _say_model(console: Console, loaded: Loaded, arguments: Arguments) -> None:
         console.say(note, style="yellow" if note.startswith("left") else "")
     if arguments.training.flash_attn:
         console.say(f"Attention: {_attention(arguments.training)}")
-    if arguments.lora.q_lora and (arguments.training.fsdp or arguments.training.deepspeed):
-        console.say("--q_lora under --fsdp or --deepspeed: every process holds the whole base, which they do not shard",
-                    style="yellow")
 
 
 def _make_ready(model: Any, arguments: Arguments) -> None:

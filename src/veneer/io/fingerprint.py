@@ -182,7 +182,8 @@ def _fewer(wide: Sample, count: int, but_rows: tuple[int, ...], skip: bool) -> S
 def _present(weight: Weight, count: int, but_rows: tuple[int, ...], skip: bool) -> Sample:
     shape, dtype = weight.layout.native, str(weight.dtype).removeprefix("torch.")
     dtype = dtype if weight.storage is None else f"{weight.storage.name} as {dtype}"
-    tensor = None if skip else original(weight)
+    packed_apart = weight.storage is not None and is_sharded(weight.tensor)  # codes without their scales: unreadable
+    tensor = None if skip or packed_apart else original(weight)
     if tensor is None or tensor.is_meta or not tensor.numel() or is_sharded(tensor):
         return Sample(shape, dtype, None)
     at = _chosen(tuple(tensor.shape), count, but_rows)
