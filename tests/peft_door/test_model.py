@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.peft_door import nets
 from torch import Tensor, nn
 
 import veneer
-from tests.peft_door import nets
 from veneer.method import VeneerError
 from veneer.peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
 from veneer.peft.tuners.lora.layer import LoraLayer
@@ -52,7 +52,8 @@ def test_the_model_is_changed_in_place_and_starts_as_it_was() -> None:
     base = nets.decoder()
     before, names = output(base), list(base.state_dict())
     made = get_peft_model(base, config())
-    assert type(made) is PeftModelForCausalLM and made.get_base_model() is base
+    assert type(made) is PeftModelForCausalLM
+    assert made.get_base_model() is base
     assert torch.equal(output(made), before)
     assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear)
     assert [name for name, param in base.named_parameters() if "lora" not in name] == names
@@ -84,7 +85,8 @@ def test_trainable_names_are_the_same_for_every_way_to_walk(model: PeftModel) ->
 def test_copies_and_pickles(model: PeftModel) -> None:
     expected = output(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(twin) is PeftModelForCausalLM and torch.equal(output(twin), expected)
+        assert type(twin) is PeftModelForCausalLM
+        assert torch.equal(output(twin), expected)
         shaken(twin)
         assert torch.equal(output(model), expected)
 
@@ -111,13 +113,21 @@ def test_a_layer_shows_its_adapter(model: PeftModel) -> None:
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, LoraLayer)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    assert isinstance(layer.lora_A["default"], nn.Linear) and A.shape == (4, 16) and B.shape == (16, 4)
-    assert layer.r == {"default": 4} and layer.lora_alpha["default"] == 6 and layer.scaling["default"] == 1.5
-    assert layer.active_adapters == ["default"] and not layer.merged and not layer.disable_adapters
-    assert layer.use_dora == {"default": False} and layer.use_rslora["default"] is False
+    assert isinstance(layer.lora_A["default"], nn.Linear)
+    assert A.shape == (4, 16)
+    assert B.shape == (16, 4)
+    assert layer.r == {"default": 4}
+    assert layer.lora_alpha["default"] == 6
+    assert layer.scaling["default"] == 1.5
+    assert layer.active_adapters == ["default"]
+    assert not layer.merged
+    assert not layer.disable_adapters
+    assert layer.use_dora == {"default": False}
+    assert layer.use_rslora["default"] is False
     assert torch.allclose(layer.get_delta_weight("default"), 1.5 * B @ A)
     x = torch.randn(2, 16)
-    assert type(layer.base_layer) is nn.Linear and layer.base_layer.weight is layer.weight
+    assert type(layer.base_layer) is nn.Linear
+    assert layer.base_layer.weight is layer.weight
     assert torch.allclose(layer(x) - layer.base_layer(x), 1.5 * x @ A.T @ B.T, atol=1e-6)
     assert torch.allclose(layer.lora_B["default"](layer.lora_A["default"](x)), x @ A.T @ B.T)
 
@@ -148,9 +158,11 @@ def test_a_layer_merges_by_itself(model: PeftModel) -> None:
     x, weight = torch.randn(2, 16), layer.weight.clone()
     expected = layer(x)
     layer.merge()
-    assert layer.merged_adapters == ["default"] and torch.allclose(layer(x), expected, atol=1e-6)
+    assert layer.merged_adapters == ["default"]
+    assert torch.allclose(layer(x), expected, atol=1e-6)
     layer.unmerge()
-    assert torch.equal(layer.weight, weight) and torch.equal(layer(x), expected)
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer(x), expected)
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
 
@@ -166,7 +178,8 @@ def test_dora_shows_its_magnitude() -> None:
 def test_adapters_are_added_and_switched(model: PeftModel) -> None:
     expected = output(model)
     model.add_adapter("other", config(r=2, target_modules=["q_proj"]))
-    assert model.active_adapter == "default" and torch.equal(output(model), expected)
+    assert model.active_adapter == "default"
+    assert torch.equal(output(model), expected)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
     model.set_adapter("other")
     assert all((".other." in n) == p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
@@ -177,7 +190,8 @@ def test_adapters_are_added_and_switched(model: PeftModel) -> None:
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.warns(UserWarning, match="Setting active adapter to default"):
         model.delete_adapter("other")
-    assert torch.equal(output(model), expected) and list(model.peft_config) == ["default"]
+    assert torch.equal(output(model), expected)
+    assert list(model.peft_config) == ["default"]
     for call in (model.set_adapter, model.delete_adapter):
         with pytest.raises(ValueError, match="other"):
             call("other")
@@ -219,12 +233,14 @@ def test_weighted_adapters_add_up(model: PeftModel) -> None:
         model.add_weighted_adapter(["default", "other"], [0.5, -2.0], way, way, svd_rank=6)
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         assert torch.allclose(layer.get_delta_weight(way), want, atol=1e-5), way
-        assert layer.r[way] == rank and model.peft_config[way].r == rank
+        assert layer.r[way] == rank
+        assert model.peft_config[way].r == rank
     for way in ("ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
                 "magnitude_prune_svd"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], way, way, density=0.5)
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
-        assert layer.r[way] == 4 and not torch.allclose(layer.get_delta_weight(way), want)
+        assert layer.r[way] == 4
+        assert not torch.allclose(layer.get_delta_weight(way), want)
     assert model.active_adapter == "default"
     with pytest.raises(ValueError, match="combination_type: 'linaer'; did you mean 'linear'"):
         model.add_weighted_adapter(["default"], [1.0], "new", "linaer")
@@ -248,7 +264,8 @@ def test_merging_and_unloading(model: PeftModel, base: nn.Module) -> None:
     model.unmerge_adapter()
     assert torch.equal(base.model.layers[0].self_attn.q_proj.weight, weight)
     merged = model.merge_and_unload()
-    assert merged is base and type(base.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert merged is base
+    assert type(base.model.layers[0].self_attn.q_proj) is nn.Linear
     assert torch.allclose(output(merged), expected, atol=1e-5)
 
 
@@ -268,13 +285,17 @@ def test_saved_as_given_and_read_again(model: PeftModel, tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "adapter_config.json", "veneer.json",
                                                           "adapter_model.safetensors", "other"}
     said = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert said["target_modules"] == ["q_proj", "v_proj"] and said["task_type"] == "CAUSAL_LM"
+    assert said["target_modules"] == ["q_proj", "v_proj"]
+    assert said["task_type"] == "CAUSAL_LM"
     assert (said["r"], said["lora_alpha"], said["inference_mode"]) == (4, 6, True)
     read = PeftModel.from_pretrained(nets.decoder(), tmp_path)
-    assert type(read) is PeftModelForCausalLM and torch.equal(output(read), output(model))
-    assert not read.training and not any(p.requires_grad for p in read.parameters())
+    assert type(read) is PeftModelForCausalLM
+    assert torch.equal(output(read), output(model))
+    assert not read.training
+    assert not any(p.requires_grad for p in read.parameters())
     assert read.load_adapter(tmp_path / "other", "second").missing_keys == []
-    assert list(read.peft_config) == ["default", "second"] and read.active_adapter == "default"
+    assert list(read.peft_config) == ["default", "second"]
+    assert read.active_adapter == "default"
     again = PeftModel.from_pretrained(nets.decoder(), tmp_path, is_trainable=True)
     assert any(p.requires_grad for p in again.parameters())
 
@@ -307,11 +328,13 @@ def test_a_start_that_is_not_zero_is_saved_as_plain_lora(tmp_path: Path) -> None
     base = nets.decoder()
     before, weight = output(base), base.model.layers[0].self_attn.q_proj.weight.clone()
     made = get_peft_model(base, config(init_lora_weights="pissa"))
-    assert torch.equal(output(made), before) and torch.equal(base.model.layers[0].self_attn.q_proj.weight, weight)
+    assert torch.equal(output(made), before)
+    assert torch.equal(base.model.layers[0].self_attn.q_proj.weight, weight)
     shaken(made)
     made.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert said["r"] == 8 and said["init_lora_weights"] is True
+    assert said["r"] == 8
+    assert said["init_lora_weights"] is True
     read = PeftModel.from_pretrained(nets.decoder(), tmp_path)
     assert torch.allclose(output(read), output(made), atol=1e-6)
 
@@ -362,3 +385,22 @@ def test_seeded_by_torchs_generator() -> None:
     assert torch.equal(one, two)
     third = get_peft_model(nets.decoder(), config())
     assert not torch.equal(third.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight, one)
+
+
+def test_replicated_layers_are_saved_and_loaded(tmp_path: Path) -> None:
+    base = nets.decoder()
+    made = get_peft_model(base, config(layer_replication=[[0, 2], [1, 3]]))
+    assert len(base.model.layers) == 4
+    shaken(made)
+    made.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["layer_replication"] == [[0, 2], [1, 3]]
+    read = PeftModel.from_pretrained(nets.decoder(), tmp_path)
+    assert torch.equal(output(read), output(made))
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(nets.decoder(), tmp_path).eval()
+    assert torch.allclose(output(theirs), output(made), atol=1e-5)
+
+
+def test_a_config_that_adapts_nothing() -> None:
+    with pytest.raises(VeneerError, match="its config adapts nothing"):
+        get_peft_model(nets.decoder(), config(target_modules="dummy-target-modules"))

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.peft_door import nets
 from torch import Tensor, nn
 
 import veneer.peft as ours
-from tests.peft_door import nets
 
 theirs = pytest.importorskip("peft")
 
@@ -111,7 +111,8 @@ def pair(request: pytest.FixtureRequest) -> Callable[..., tuple[nn.Module, nn.Mo
         other = shaken(made(theirs, arch, config, **more))
         mine = made(ours, arch, config, **more)
         result = ours.set_peft_model_state_dict(mine, theirs.get_peft_model_state_dict(other))
-        assert not result.missing_keys and not result.unexpected_keys
+        assert not result.missing_keys
+        assert not result.unexpected_keys
         return mine, other
 
     return build
@@ -207,7 +208,8 @@ def further(request: pytest.FixtureRequest) -> tuple[str, nn.Module, nn.Module]:
         assert {name: param.numel() for name, param in trained(mine).items()} == counts
         shaken(other)
         result = ours.set_peft_model_state_dict(mine, theirs.get_peft_model_state_dict(other))
-    assert not result.missing_keys and not result.unexpected_keys
+    assert not result.missing_keys
+    assert not result.unexpected_keys
     return arch, mine, other
 
 

@@ -175,5 +175,5 @@ def _replace_dtype(method: Method, dtype: torch.dtype, default: torch.dtype) -> 
         return method if (fields["dtype"] or default) == dtype else dataclasses.replace(method, **{"dtype": dtype})
     inner = fields.get("inner")
     if isinstance(inner, Method):
-        return type(method)(_replace_dtype(inner, dtype, default))  # type: ignore[call-arg]
+        return type(method)(_replace_dtype(inner, dtype, default))
     return method

@@ -22,9 +22,7 @@ from veneer.peft.card import write_card
 from veneer.peft.config import PeftConfig
 from veneer.peft.saving import LoadResult, dressed, result_of, values_by_part
 from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-
 from veneer.peft.tuners import tuner_class
-
 from veneer.storage.base import own_class
 from veneer.weights import scan
 
@@ -85,12 +83,18 @@ class PeftModel(nn.Module):
 
     @property
     def modules_to_save(self) -> set[str] | None:
-        found = {name for config in self.peft_config.values() for name in getattr(config, "modules_to_save", None) or ()}
-        return found or None
+        lists = [getattr(config, "modules_to_save", None) or () for config in self.peft_config.values()]
+        return {name for names in lists for name in names} or None
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
         return getattr(self.base_model, "dtype", None)
+
+    @property
+    def cls_layer_name(self) -> str | None:
+        """The head, by its name in the base model."""
+        saved = self.modules_to_save or ()
+        return next((name for name, _ in self.get_base_model().named_children() if name in saved), None)
 
     def get_base_model(self) -> nn.Module:
         return self.base_model.model
@@ -107,7 +111,8 @@ class PeftModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -117,8 +122,8 @@ class PeftModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """To transformers and others that ask `isinstance(model, peft.PeftModel)`, this is one too, where PEFT has been
         imported: Trainer saves and resumes adapters by that question alone."""
         mine = type(self)
@@ -392,12 +397,6 @@ class _Classifier(PeftModel):
              "labels": labels, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
              "return_dict": return_dict, "kwargs": kwargs}))
 
-    @property
-    def cls_layer_name(self) -> str | None:
-        """The head, by its name in the base model."""
-        return next((name for name, _ in self.get_base_model().named_children() if name in (self.modules_to_save or ())),
-                    None)
-
 
 class PeftModelForSequenceClassification(_Classifier):
     """For models with a head for whole texts, which is trained."""
@@ -411,7 +410,7 @@ class PeftModelForTokenClassification(_Classifier):
     heads = ("classifier", "score")
 
 
-class PeftModelForQuestionAnswering(_Classifier):
+class PeftModelForQuestionAnswering(PeftModel):
     """For models with a head for answers' ends, which is trained."""
 
     heads = ("qa_outputs",)

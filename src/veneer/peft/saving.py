@@ -111,8 +111,8 @@ def _embeddings(base: nn.Module) -> dict[str, Tensor]:
     found = {}
     for ask in ("get_input_embeddings", "get_output_embeddings"):
         layer = getattr(base, ask)() if callable(getattr(base, ask, None)) else None
-        path = next((name for name, module in base.named_modules() if module is layer), None) if layer else None
-        if path is not None:
+        path = next((name for name, module in base.named_modules() if module is layer), None)
+        if layer is not None and path is not None:
             adapted = isinstance(layer, Host)
             found[f"base_model.model.{path}{'.base_layer' if adapted else ''}.weight"] = layer.weight.detach()
     return found

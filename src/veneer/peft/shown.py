@@ -56,6 +56,7 @@ def shown_path(host: Host, name: str, param: str, adapter: Adapter, part: str) -
         whole = "weight" in slots and isinstance(cast(Adapter, slots["weight"]).method, Full)
         return f"modules_to_save.{name}.{param}" if whole else f"base_layer.{param}"
     inner = method.inner if isinstance(method, DoRA) else method
+    assert inner is not None
     kind = "embedding" if host.veneer.layouts[param].shape.lookup else "linear"
     piece, _, tail = OF_METHOD[type(inner)].piece(part, kind).partition(".")
     if piece == "lora_magnitude_vector":  # whose files have the ".weight" of its module taken off
@@ -121,7 +122,8 @@ def tree(host: Host) -> dict[str, nn.Module]:
             cast(nn.ParameterDict, _place(top, above, nn.ParameterDict))[last] = part.tensor
     for path, held in modules.items():
         above, _, last = path.rpartition(".")
-        _place(top, above, nn.ModuleDict)[last] = Copy(held) if above == "modules_to_save" else Factor(held)  # type: ignore[index]
+        shown = Copy(held) if above == "modules_to_save" else Factor(held)
+        cast(nn.ModuleDict, _place(top, above, nn.ModuleDict))[last] = shown
     return {name: module for name, module in top._modules.items() if module is not None}
 
 

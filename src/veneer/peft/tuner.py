@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +16,17 @@ from torch import Tensor, nn
 from veneer.attach import attach, detach
 from veneer.attach import route as routed
 from veneer.attached import adapter_names, attached, hosts, routes, shared_states
+from veneer.hosts import Host
 from veneer.io.load import LoadReport, load_tensors
 from veneer.io.load import load as load_adapter
 from veneer.merge import merge, unmerge
 from veneer.method import VeneerError
+from veneer.methods import DoRA, LoRA
 from veneer.peft.config import PeftConfig, plain
-from veneer.peft.layers.faces import show_faces
-from veneer.peft.translate import translate
 from veneer.peft.layers.base import BaseTunerLayer, require_grad, set_live
+from veneer.peft.layers.faces import show_faces
+from veneer.peft.replicate import replicate_layers
+from veneer.peft.translate import translate
 from veneer.plan import resolve
 from veneer.weights import scan
 
@@ -58,10 +62,14 @@ class BaseTuner(nn.Module):
         """
         before = self.active_adapters
         found = translate(self.model, config if state_dict is None else targets_of(config, state_dict), name)
+        if not found.rules:
+            raise VeneerError(f"adapter {name!r}: its config adapts nothing: no target_modules, target_parameters, "
+                              "modules_to_save, trainable_token_indices or bias")
         made = resolve(self.model, scan(self.model), found.rules)
         # Drawn from torch's generator, so that torch.manual_seed decides, as in PEFT.
         seed = int(torch.randint(2**62, (), device="cpu"))
         attach(self.model, made, name, seed, found.statistics)
+        accept_base(self.model, name)
         self._added(name, found.config, before)
 
     def load(self, name: str, path: str | Path, config: PeftConfig, given: PeftConfig | None = None) -> LoadReport:
@@ -69,6 +77,9 @@ class BaseTuner(nn.Module):
         config in the file."""
         before, new = self.active_adapters, name not in self.peft_config
         override = None if given is None else plain(given.to_dict())
+        if new and getattr(config, "layer_replication", None):
+            replicate_layers(self.model, config.layer_replication)  # type: ignore[attr-defined]
+            override = {**plain(config.to_dict()), "layer_replication": None}
         report = load_adapter(self.model, path, name, allow_pickle=False, config=override)
         if new:
             self._added(name, copy.deepcopy(config), before)
@@ -252,8 +263,8 @@ class BaseTuner(nn.Module):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        config = getattr(model, "config", {"model_type": "custom"})
-        return cast(dict[str, Any], config.to_dict() if callable(getattr(config, "to_dict", None)) else config)
+        config: Any = getattr(model, "config", {"model_type": "custom"})
+        return config if isinstance(config, dict) else config.to_dict()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -275,6 +286,19 @@ def targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor]) -> PeftConf
     found = copy.copy(config)
     found.target_modules = modules  # type: ignore[attr-defined]
     return found
+
+
+def accept_base(model: nn.Module, name: str) -> None:
+    """Take the base as LoftQ has left it for the base that the adapter belongs to: as in PEFT, its file is relative to
+    that one, and whoever saves it saves the base model too."""
+    for weight, adapter in attached(model, name):
+        method = adapter.method
+        inner = method.inner if isinstance(method, DoRA) else method
+        if isinstance(inner, LoRA) and inner.moves_base:
+            plain = dataclasses.replace(inner, init="kaiming", residual="exact")
+            adapter.method = DoRA(plain) if isinstance(method, DoRA) else plain
+            for place in weight.places:
+                cast(Host, place.module).veneer.moved.pop(place.param, None)
 
 
 def shared_parameter(model: nn.Module, name: str, attribute: str) -> nn.Parameter | None:

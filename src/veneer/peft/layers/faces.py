@@ -12,7 +12,7 @@ from veneer.hosts.attention import AttentionHost, OutProjHost
 from veneer.hosts.parameter import ParameterHost
 from veneer.hosts.swap import show
 from veneer.method import Adapter, Method
-from veneer.methods import AdaLoRA, DoRA, LoHa, LoKr, LoRA, RandLoRA, VBLoRA, VeRA
+from veneer.methods import AdaLoRA, DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, VBLoRA, VeRA
 from veneer.peft.layers import lora
 from veneer.peft.layers.adalora import SVDLinear
 from veneer.peft.layers.base import BaseTunerLayer
@@ -49,9 +49,9 @@ def _face(host: Host, param: str, method: Method | None) -> type[BaseTunerLayer]
     inner = method.inner if isinstance(method, DoRA) else method
     if isinstance(inner, LoRA):
         return _lora_face(host, param)
-    if type(inner) in _OF_METHOD:
+    if inner is not None and type(inner) in _OF_METHOD:
         return _OF_METHOD[type(inner)]
-    return ModulesToSaveWrapper if type(inner).__name__ == "Full" else TrainableTokensWrapper
+    return ModulesToSaveWrapper if isinstance(inner, Full) else TrainableTokensWrapper
 
 
 def _lora_face(host: Host, param: str) -> type[BaseTunerLayer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import nn
 
@@ -54,7 +54,7 @@ class Values(MutableMapping[str, Any]):
 class LoraLayer(BaseTunerLayer):
     """The attributes of PEFT's `LoraLayer`. `scaling` can be written; it is not saved, as in PEFT."""
 
-    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
 
     def _lora(self, name: str) -> LoRAAdapter | None:

@@ -47,7 +47,7 @@ class LoraModel(BaseTuner):
         before = self.active_adapters
         combine(self.model, dict(zip(adapters, weights, strict=True)), adapter_name, how,
                 (svd_rank or max(ranks)) if cut else None, density=density,
-                **({"majority_sign": majority_sign_method} if "ties" in how else {}))
+                majority_sign=majority_sign_method if "ties" in how else "total")
         show_faces(self.model)
         self._note_weighted(adapters, adapter_name)
         set_live(self.model, before)
