@@ -59,6 +59,12 @@ def test_what_would_be_lost_is_said(tmp_path, rules, to, says):
     refused(source, at(tmp_path / "out", to, "x"), to, f"cannot be converted to {to}, which would lose this: .*{says}")
 
 
+def test_buffers_are_still_known(tmp_path):
+    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+    source, _ = saved(tmp_path, {"lin": LoRA(rank=1), "norm.*": Full()}, model)
+    refused(source, tmp_path / "p", "peft", "'norm' has buffers, which modules_to_save would save too")
+
+
 def test_groups_padding_and_ties_are_refused(tmp_path):
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -166,7 +172,8 @@ def test_modelopt_restores_what_came_from_elsewhere(tmp_path):
     from veneer.modelopt import files
 
     assert MODELOPT_STATE == files.STATE
-    source, model = saved(tmp_path, {"block.0": LoRA(rank=2, alpha=3), "head": LoRA(rank=3)})
+    other = LoRA(rank=3, dtype="bfloat16", init="torch.nn.init.xavier_normal_")
+    source, model = saved(tmp_path, {"block.0": LoRA(rank=2, alpha=3), "head": other})
     convert_file(source, tmp_path / "m", "modelopt", name="mine")
     again = modelopt.restore(fresh("mixed"), tmp_path / "m")
     assert torch.equal(outputs(again, "mixed"), outputs(model, "mixed"))
@@ -174,7 +181,10 @@ def test_modelopt_restores_what_came_from_elsewhere(tmp_path):
     state = json.loads((tmp_path / "m" / MODELOPT_STATE).read_text())["modelopt_state_dict"][0][1]["config"]
     fresh_model = modelopt.update_model(fresh("mixed"), state)  # the config alone makes the same layers
     made = {name: a.method for name, a in veneer.adapters(fresh_model)["mine"].weights.items()}
-    assert {name: (m.rank, m.scale) for name, m in made.items()} == {"block.0": (2, 1.5), "head": (3, 1)}
+    assert {name: (m.rank, m.scale, m.dtype) for name, m in made.items()} == {
+        "block.0": (2, 1.5, None), "head": (3, 1, torch.bfloat16)}
+    start = made["head"].start_rule
+    assert (start.a, start.b) == ("torch.nn.init.xavier_normal_", "torch.nn.init.zeros_")
 
 
 def test_several_adapters_and_layers_that_are_off(tmp_path):

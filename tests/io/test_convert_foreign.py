@@ -128,6 +128,17 @@ def test_files_of_kohya_and_lycoris_alone(tmp_path, rules, form):
         assert all(torch.equal(first[key], last[key]) for key in first if not key.endswith("alpha"))
 
 
+def test_a_layer_with_a_layer_inside(tmp_path):
+    """Its weight goes by its whole name."""
+    model = nn.ModuleDict({"outer": nn.Linear(4, 4)})
+    model["outer"].add_module("inner", nn.Linear(4, 4))
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    source, _ = saved(tmp_path, {"outer.weight": LoRA(rank=1)}, model)
+    convert_file(as_others_would(source, tmp_path / "f"), tmp_path / "n", "native", tmp_path / "base.safetensors")
+    assert_same_tensors(content(source), content(tmp_path / "n"))
+    assert [record.name for record in content(tmp_path / "n").records] == ["outer.weight"]
+
+
 def test_one_factor_of_lokr_for_all_layers_where_one_does(tmp_path):
     """PEFT's config has one; of a square layer alone the default would do too."""
     source, _ = saved(tmp_path, {"to_q": LoKr(rank=1, alpha=3, decompose_factor=2),
@@ -235,6 +246,10 @@ def test_what_is_written_for_other_tools(tmp_path):
         "lora_unet_conv_in.alpha": ()}
     assert tensors["lora_unet_to_q.alpha"] == 3
     assert tensors["lora_unet_to_q.alpha"].dtype == torch.float32
+    (tmp_path / "2").mkdir()
+    source, _ = saved(tmp_path / "2", {"to_q": LoRA(rank=2, alpha=0.1)}, Bare())
+    convert_file(source, tmp_path / "2.safetensors", "kohya")
+    assert load_file(tmp_path / "2.safetensors")["lora_unet_to_q.alpha"].item() == 0.1  # which fp32 does not hold
     from veneer.io.tensors import read_metadata
 
     meta = read_metadata(tmp_path / "k.safetensors")

@@ -29,7 +29,6 @@ def to_json(base: BaseMap, names: Iterable[str]) -> str:
     found: dict[str, Any] = {"weights": {site.name: _plain(site) for site in sites}}
     found["buffered"] = sorted(modules & base.buffered)
     found["tied_embedding"] = base.tied_embedding
-    found["causal_lm"] = base.is_causal_lm
     return json.dumps(found, separators=(",", ":"))
 
 
@@ -59,8 +58,7 @@ def from_json(text: str, print_: Fingerprint | None, where: str) -> BaseMap:
     data = parse_json(text, where)
     try:
         adapted = {name: _site(name, entry) for name, entry in data["weights"].items()}
-        extra = {"buffered": set(data["buffered"]), "tied_embedding": data["tied_embedding"],
-                 "is_causal_lm": data["causal_lm"]}
+        extra = {"buffered": set(data["buffered"]), "tied_embedding": data["tied_embedding"]}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise VeneerError(f"{where} is damaged: {type(error).__name__}: {error}") from error
     others = {} if print_ is None else {name: sample for name, sample in print_.samples.items() if name not in adapted}
