@@ -68,7 +68,7 @@ def test_state_dict_has_pefts_keys_and_loads_again(model: PeftModel) -> None:
     assert not torch.equal(output(model), expected)
     model.load_state_dict(state)
     assert torch.equal(output(model), expected)
-    with pytest.raises(RuntimeError, match="lora_C.default.weight"):
+    with pytest.raises(RuntimeError, match=r"lora_C\.default\.weight"):
         model.load_state_dict({**state, "base_model.model.model.layers.0.self_attn.q_proj.lora_C.default.weight":
                                torch.zeros(1)})
 
@@ -217,7 +217,7 @@ def test_rows_of_a_batch_go_different_ways(model: PeftModel) -> None:
     model.set_adapter("default")
     alone = model.generate(input_ids=ids[:1], num_beams=2, max_new_tokens=3, do_sample=False)
     assert torch.equal(together[:1, :alone.shape[1]], alone)
-    with pytest.raises(ValueError, match="non-existing adapter.*: nobody"):
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: nobody"):
         output(model, adapter_names=["default", "nobody"])
     model.train()
     with pytest.raises(ValueError, match="training mode"):

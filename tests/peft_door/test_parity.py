@@ -132,9 +132,9 @@ def test_same_trainable_names_and_counts(arch: str, config: str) -> None:
 
 @pytest.mark.parametrize(("arch", "config"), REFUSED)
 def test_refused_where_peft_refuses(arch: str, config: str) -> None:
-    with pytest.raises(TypeError, match="Conv1D.* not supported"):
+    with pytest.raises(TypeError, match=r"Conv1D.* not supported"):
         made(theirs, arch, config)
-    with pytest.raises(TypeError, match="Conv1D.* not supported"):
+    with pytest.raises(TypeError, match=r"Conv1D.* not supported"):
         made(ours, arch, config)
 
 
