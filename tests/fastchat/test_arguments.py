@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from veneer.fastchat import (
     LoraArguments,
     ModelArguments,
     TrainingArguments,
+    VeneerArguments,
     parse_arguments,
 )
 from veneer.method import VeneerError
@@ -136,11 +139,6 @@ def test_what_a_command_cannot_mean(words: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_data_is_needed() -> None:
-    with pytest.raises(VeneerError, match="--data_path is missing"):
-        parse_arguments(["--model_name_or_path", "x"])
-
-
 def test_the_cli_tells_the_two_kinds_of_run_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "my.yaml", "--bf16", "True"]) == 2
     assert "the file 'my.yaml' belongs to a run from a YAML file, and --bf16 is a flag" in capsys.readouterr().err
@@ -170,3 +168,14 @@ def test_the_help_of_yaml_runs_loads_no_library() -> None:
     assert done.returncode == 0, done.stderr
     assert "--lora_r" in done.stdout
     assert "veneer train needs the library 'transformers', which is not installed" in done.stderr
+
+
+def test_the_example_of_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "coming-from-fastchat.md").read_text(encoding="utf-8")
+    words = shlex.split(re.search(r"```bash\n(.*?)```", page, re.DOTALL)[1].replace("\\\n", " "))
+    assert words[:2] == ["veneer", "train"]
+    found = parse_arguments(words[2:])
+    assert (found.lora.q_lora, found.training.warmup_steps, found.notes) == (True, 0.03, ())
+    known = {field.name for cls in (ModelArguments, DataArguments, LoraArguments, VeneerArguments)
+             for field in dataclasses.fields(cls)}  # fmt: skip
+    assert all(f"`--{name}" in page for name in known - {"padding_side", "trust_remote_code", "lora_r", "lora_alpha"})

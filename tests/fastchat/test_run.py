@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -15,12 +16,13 @@ import transformers
 
 import veneer
 from veneer.attached import attached
-from veneer.fastchat import run
+from veneer.fastchat import Arguments, DataArguments, LoraArguments, ModelArguments, TrainingArguments, run
 from veneer.fastchat.adapter import attach_lora
-from veneer.fastchat.arguments import LoraArguments, parse_arguments
+from veneer.fastchat.arguments import parse_arguments
 from veneer.fastchat.conversation import ConversationEncoder, read_conversations
 from veneer.fastchat.dataset import LazyConversations
 from veneer.fastchat.trainer import ConversationTrainer
+from veneer.method import VeneerError
 from veneer.train.cli import main
 from veneer.train.encode import IGNORED, Encoder
 
@@ -388,6 +390,7 @@ def test_q_lora_holds_the_base_in_4_bits(
     assert "linear weights held as nf4" in capsys.readouterr().out
     layer = built[0].model.model.layers[0].mlp.up_proj
     assert veneer.storage.packed_storage(layer) is not None
+    assert layer.weight_outer is not None  # the scales are quantised too
     assert built[0].model.model.embed_tokens.weight.dtype == torch.float32
     assert tensors(out)["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"].any()
 
@@ -436,6 +439,31 @@ def test_the_base_is_loaded_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         ["--data_path", "x", "--model_name_or_path", "m", "--trust_remote_code", "True", "--cache_dir", "cache"]))
     assert (settings.name, settings.dtype, settings.trust_remote_code, settings.cache_dir, settings.quantize) == (
         "m", "float32", True, "cache", None)  # fmt: skip
+
+
+def test_models_of_the_hub_come_out_of_cache_dir(
+    project: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cached = project / "cache" / "models--some--model"
+    shutil.copytree(folders["plain"], cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    assert main(words("some/model")) == 2
+    assert "cannot load the model 'some/model'" in capsys.readouterr().err
+    assert config(train("some/model", "--cache_dir", "cache"))["base_model_name_or_path"] == "some/model"
+
+
+def test_the_arguments_by_hand(project: Path, folders: dict[str, Path]) -> None:
+    training = TrainingArguments(output_dir="out", max_steps=2, save_strategy="no", disable_tqdm=True)
+    arguments = Arguments(
+        model=ModelArguments(model_name_or_path=str(folders["plain"])), data=DataArguments(data_path="data.json"),
+        training=training, lora=LoraArguments(lora_r=2),
+    )  # fmt: skip
+    assert run.train(arguments).global_step == 2
+    assert config("out")["r"] == 2
+    with pytest.raises(VeneerError, match="--data_path is missing: the training conversations"):
+        run.train(dataclasses.replace(arguments, data=DataArguments()))
 
 
 def test_arguments_of_transformers_reach_its_trainer(

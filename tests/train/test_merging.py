@@ -114,12 +114,12 @@ def test_where_the_files_are(sharded: Path, tmp_path: Path, monkeypatch: pytest.
     asked: list[str] = []
 
     def cached(name: str, file: str, **options: Any) -> str | None:
-        assert options == {"_raise_exceptions_for_missing_entries": False, "revision": "v2"}
+        assert options == {"_raise_exceptions_for_missing_entries": False, "revision": "v2", "cache_dir": "kept"}
         asked.append(file)
         path = sharded / file
         return str(path) if path.is_file() else None
 
-    settings = ModelSettings(name="some/model", revision="v2")
+    settings = ModelSettings(name="some/model", revision="v2", cache_dir="kept")
     monkeypatch.setattr(transformers.utils, "cached_file", cached)
     assert checkpoint_folder(settings) == sharded
     assert asked == ["model.safetensors.index.json", *sorted(p.name for p in sharded.glob("*.safetensors"))]

@@ -145,8 +145,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise VeneerError(f"{rest[0]!r} is the value of no flag; a flag takes one value, and only "
                           "--lora_target_modules and a few others take several")
     model, data, training, lora, own = parts
-    if data.data_path is None:
-        raise VeneerError("--data_path is missing: the training conversations, .json or .jsonl")
     return Arguments(model=model, data=data, training=training, lora=lora, own=own, given=_given(flags), notes=notes)
 
 

@@ -100,7 +100,9 @@ def _make_ready(model: Any, arguments: Arguments) -> None:
 
 # -- the data ---------------------------------------------------------------------------------------------
 @dataclass
-class _Loaded:
+class _Sets:
+    """Datasets for transformers' Trainer."""
+
     train: Any
     heldout: Any
 
@@ -118,7 +120,7 @@ class _Data:
         encoder = Encoder(tokenizer=tokenizer, max_length=self.length)
         self.encode = ConversationEncoder(encoder=encoder, template=self.template)
 
-    def load(self) -> _Loaded:
+    def load(self) -> _Sets:
         data = self.arguments.data
         train = self._conversations(str(data.data_path))
         heldout = self._conversations(data.eval_data_path) if data.eval_data_path else []
@@ -127,7 +129,7 @@ class _Data:
             made: Any = LazyConversations(train, self.encode, self.tokenizer.pad_token_id, self._tell)
         else:
             made = self._encoded(train, str(data.data_path))
-        return _Loaded(made, self._encoded(heldout, str(data.eval_data_path)) if heldout else None)
+        return _Sets(made, self._encoded(heldout, str(data.eval_data_path)) if heldout else None)
 
     def _conversations(self, path: str) -> list[Conversation]:
         """Raises `DataError` for conversations that cannot be used, unless they are to be skipped."""
@@ -157,6 +159,8 @@ class _Data:
 # -- training ---------------------------------------------------------------------------------------------
 def _check(arguments: Arguments) -> None:
     """What shows before anything is loaded."""
+    if arguments.data.data_path is None:
+        raise VeneerError("--data_path is missing: the training conversations, .json or .jsonl")
     check_sharding(arguments.training)
     if _evaluates(arguments.training) and not arguments.data.eval_data_path:
         raise VeneerError("--eval_strategy needs held-out conversations: --eval_data_path")
@@ -166,7 +170,7 @@ def _check(arguments: Arguments) -> None:
         raise VeneerError(f"--output_dir {str(path)!r}: {str(there)!r} is a file, not a directory")
 
 
-def _run(loaded: Loaded, data: _Loaded, arguments: Arguments, console: Console) -> Any:
+def _run(loaded: Loaded, data: _Sets, arguments: Arguments, console: Console) -> Any:
     training = arguments.training
     pad_id = loaded.tokenizer.pad_token_id
     checkpoint = _checkpoint(training)
