@@ -211,7 +211,9 @@ class DoRAAdapter(Adapter):
         state = self.shared_state()
         parts = [self.inner] if state is None else [self.inner, state]
         trained = [p for part in parts for p in part.parameters()]
-        frozen = [Stamp(weight), *(Stamp(b) for part in parts for b in part.buffers())]
+        form = form or self.inner.form()
+        scale = None if form is None else form.scale  # which may have been changed for a while
+        frozen = [scale, Stamp(weight), *(Stamp(b) for part in parts for b in part.buffers())]
         held = self._cache.get("norm")
         if held is None or held[0] != frozen or not all(map(torch.equal, held[1], trained)):
             with without_autocast(weight):
