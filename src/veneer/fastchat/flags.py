@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from veneer.method import VeneerError, nearest
-from veneer.train.cli import YAML_FLAGS
+from veneer.train.yaml_flags import YAML_FLAGS
 
 # flags of transformers 4, which FastChat's scripts have → their names today
 _RENAMED = {

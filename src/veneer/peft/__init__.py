@@ -43,8 +43,10 @@ from veneer.peft.mapping import (
     inject_adapter_in_model,
 )
 from veneer.peft.mixed_model import PeftMixedModel
-from veneer.peft.model import (
-    PeftModel,
+from veneer.peft.model import PeftModel
+from veneer.peft.outside import OUTSIDE
+from veneer.peft.status import get_layer_status, get_model_status
+from veneer.peft.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -52,8 +54,6 @@ from veneer.peft.model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from veneer.peft.outside import OUTSIDE
-from veneer.peft.status import get_layer_status, get_model_status
 from veneer.peft.tuners.adalora import AdaLoraModel
 from veneer.peft.tuners.loha import LoHaModel
 from veneer.peft.tuners.lokr import LoKrModel

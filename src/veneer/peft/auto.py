@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NoReturn
 from torch import nn
 
 from veneer.method import VeneerError
-from veneer.peft import hub, model
+from veneer.peft import hub, tasks
 from veneer.peft.config import PeftConfig
-from veneer.peft.mapping import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, model_class
+from veneer.peft.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, model_class
 from veneer.peft.utils.constants import TOKENIZER_CONFIG_NAME
 
 __all__ = ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "AutoPeftModel", "AutoPeftModelForCausalLM",
@@ -29,7 +29,7 @@ _OF_HUB = ("cache_dir", "token", "local_files_only", "force_download")
 
 class _BaseAutoPeftModel:
     _target_class: ClassVar[str | None] = None
-    _target_peft_class: ClassVar[type[model.PeftModel]] = model.PeftModel
+    _target_peft_class: ClassVar[type[PeftModel]] = PeftModel
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise OSError(f"{type(self).__name__} is designed to be instantiated using the "
@@ -44,7 +44,7 @@ class _BaseAutoPeftModel:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, adapter_name: str = "default",
                         is_trainable: bool = False, config: PeftConfig | None = None, revision: str | None = None,
-                        import_allowlist: Sequence[str] | None = None, **kwargs: Any) -> model.PeftModel:
+                        import_allowlist: Sequence[str] | None = None, **kwargs: Any) -> PeftModel:
         """Load the base model that an adapter's config names, by transformers, and the adapter onto it.
 
         Where a tokenizer lies beside the adapter and has more tokens than the base has embeddings, these are resized
@@ -112,39 +112,39 @@ class AutoPeftModelForCausalLM(_BaseAutoPeftModel):
     """For language models."""
 
     _target_class = "AutoModelForCausalLM"
-    _target_peft_class = model.PeftModelForCausalLM
+    _target_peft_class = tasks.PeftModelForCausalLM
 
 
 class AutoPeftModelForSeq2SeqLM(_BaseAutoPeftModel):
     """For encoder-decoder models."""
 
     _target_class = "AutoModelForSeq2SeqLM"
-    _target_peft_class = model.PeftModelForSeq2SeqLM
+    _target_peft_class = tasks.PeftModelForSeq2SeqLM
 
 
 class AutoPeftModelForSequenceClassification(_BaseAutoPeftModel):
     """For models that classify texts."""
 
     _target_class = "AutoModelForSequenceClassification"
-    _target_peft_class = model.PeftModelForSequenceClassification
+    _target_peft_class = tasks.PeftModelForSequenceClassification
 
 
 class AutoPeftModelForTokenClassification(_BaseAutoPeftModel):
     """For models that classify tokens."""
 
     _target_class = "AutoModelForTokenClassification"
-    _target_peft_class = model.PeftModelForTokenClassification
+    _target_peft_class = tasks.PeftModelForTokenClassification
 
 
 class AutoPeftModelForQuestionAnswering(_BaseAutoPeftModel):
     """For models that find answers in a text."""
 
     _target_class = "AutoModelForQuestionAnswering"
-    _target_peft_class = model.PeftModelForQuestionAnswering
+    _target_peft_class = tasks.PeftModelForQuestionAnswering
 
 
 class AutoPeftModelForFeatureExtraction(_BaseAutoPeftModel):
     """For models whose hidden states are wanted."""
 
     _target_class = "AutoModel"
-    _target_peft_class = model.PeftModelForFeatureExtraction
+    _target_peft_class = tasks.PeftModelForFeatureExtraction

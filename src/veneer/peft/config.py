@@ -166,8 +166,6 @@ def register_config(peft_type: PeftType) -> Callable[[C], C]:
 def config_class(peft_type: str | PeftType) -> type[PeftConfig]:
     """The config class of a `peft_type`. Raises `NotInVeneerError` for one of PEFT's other methods, and `VeneerError`
     with the nearest match for a name that is none."""
-    from veneer.peft import family_configs, lora_config  # noqa: F401  (they register themselves)
-
     names = [kind.value for kind in PeftType]
     if peft_type not in names:
         mine = [kind.value for kind in FAMILY]

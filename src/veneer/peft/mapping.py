@@ -8,23 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.hosts import Host
-from veneer.method import VeneerError, nearest
-from veneer.peft import model as models
+from veneer.method import VeneerError
 from veneer.peft.config import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, config_class
 from veneer.peft.mixed_model import PeftMixedModel
+from veneer.peft.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel, model_class
 from veneer.peft.tuners import PEFT_TYPE_TO_TUNER_MAPPING, tuner_class
 from veneer.peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
-from veneer.peft.types import TaskType
 from veneer.weights import base_modules
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[models.PeftModel]] = {
-    TaskType.SEQ_CLS: models.PeftModelForSequenceClassification,
-    TaskType.SEQ_2_SEQ_LM: models.PeftModelForSeq2SeqLM,
-    TaskType.CAUSAL_LM: models.PeftModelForCausalLM,
-    TaskType.TOKEN_CLS: models.PeftModelForTokenClassification,
-    TaskType.QUESTION_ANS: models.PeftModelForQuestionAnswering,
-    TaskType.FEATURE_EXTRACTION: models.PeftModelForFeatureExtraction,
-}
 
 #: of the methods whose adapters may lie side by side (`mixed=True`)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {kind: PEFT_TYPE_TO_TUNER_MAPPING[kind] for kind in COMPATIBLE_TUNER_TYPES}
@@ -33,16 +23,6 @@ PEFT_TYPE_TO_PREFIX_MAPPING = {kind: tuner.prefix for kind, tuner in PEFT_TYPE_T
 __all__ = ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
            "PEFT_TYPE_TO_PREFIX_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config", "get_peft_model",
            "inject_adapter_in_model", "model_class"]
-
-
-def model_class(task_type: Any) -> type[models.PeftModel]:
-    """The class of models for a task. Raises `VeneerError` for an unknown one."""
-    found = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type)
-    if found is None:
-        known = [task.value for task in TaskType]
-        raise VeneerError(f"unknown task_type {task_type!r}{nearest(str(task_type), known) or '.'} Known: "
-                          f"{', '.join(known)}")
-    return found
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -54,7 +34,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", mixed: bool = False,
                    autocast_adapter_dtype: bool = True, revision: str | None = None,
-                   low_cpu_mem_usage: bool = False) -> models.PeftModel | PeftMixedModel:
+                   low_cpu_mem_usage: bool = False) -> PeftModel | PeftMixedModel:
     """Lay an adapter over the model, in place, and return a `PeftModel` of the class for the config's task.
 
     mixed: adapters of several methods may be added. autocast_adapter_dtype: adapters over a 16-bit base are fp32.
@@ -70,7 +50,7 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
                       "with a different config, make sure to call `.unload()` before.", stacklevel=2)
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name=adapter_name)
-    kind = models.PeftModel if peft_config.task_type is None else model_class(peft_config.task_type)
+    kind = PeftModel if peft_config.task_type is None else model_class(peft_config.task_type)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from veneer.peft import hub
 from veneer.peft.config import PeftConfig
-from veneer.peft.model import PeftModel, _require_input_grads
+from veneer.peft.model import PeftModel, require_input_grads
 from veneer.peft.tuners.mixed import COMPATIBLE_TUNER_TYPES, MixedModel
 
 
@@ -28,7 +28,7 @@ class PeftMixedModel(PeftModel):
         self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name, empty=empty)
         if not empty:
             self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        _require_input_grads(model)
+        require_input_grads(model)
 
     def _check_type(self, config: PeftConfig) -> None:
         _check_type(config)

@@ -1,4 +1,4 @@
-"""`PeftModel`: a base model with adapters, as Hugging Face PEFT presents it, and its classes by task."""
+"""`PeftModel`: a base model with adapters, as Hugging Face PEFT presents it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from veneer.attached import attached, shared_states
 from veneer.io.records import records_of
 from veneer.io.save import save
+from veneer.method import VeneerError, nearest
 from veneer.peft import hub
 from veneer.peft.card import write_card
 from veneer.peft.config import PeftConfig
+from veneer.peft.counting import count_parameters
 from veneer.peft.saving import LoadResult, dressed, result_of, values_by_part
 from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.peft.tuners import tuner_class
+from veneer.peft.types import TaskType
 from veneer.storage.base import own_class
-from veneer.weights import scan
 
 _SEEN_AS: dict[tuple[type, type], type] = {}
+#: task → the class for it; filled by the classes themselves
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 
 
 class PeftModel(nn.Module):
@@ -42,6 +45,11 @@ class PeftModel(nn.Module):
     heads: ClassVar[tuple[str, ...]] = ()
     special_peft_forward_args: ClassVar[frozenset[str]] = frozenset({"adapter_names", "alora_offsets"})
 
+    def __init_subclass__(cls, task: TaskType | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task] = cls
+
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default",
                  autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False, *, empty: bool = False) -> None:
         super().__init__()
@@ -51,7 +59,7 @@ class PeftModel(nn.Module):
         self.base_model = kind(model, {adapter_name: peft_config}, adapter_name, empty=empty)
         if not empty:
             self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        _require_input_grads(model)
+        require_input_grads(model)
 
     def _add_heads(self, config: PeftConfig) -> None:
         if self.heads:
@@ -246,8 +254,6 @@ class PeftModel(nn.Module):
         `VeneerError` that lists them, and the model is as before. config: to be used instead of the file's.
         ephemeral_gpu_offload, low_cpu_mem_usage: without effect.
         """
-        from veneer.peft.mapping import model_class
-
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
         folder = hub.local_folder(model_id, **kwargs)
@@ -310,6 +316,16 @@ def _naming_base(config: PeftConfig, model: PeftModel) -> PeftConfig:
     return found
 
 
+def model_class(task_type: Any) -> type[PeftModel]:
+    """The class of models for a task. Raises `VeneerError` for an unknown one."""
+    found = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type)
+    if found is None:
+        known = [task.value for task in TaskType]
+        raise VeneerError(f"unknown task_type {task_type!r}{nearest(str(task_type), known) or '.'} Known: "
+                          f"{', '.join(known)}")
+    return found
+
+
 def _blank(kind: type[PeftModel]) -> PeftModel:
     return kind.__new__(kind)
 
@@ -324,19 +340,7 @@ def _refuse_saving(safe_serialization: bool, save_embedding_layers: str | bool) 
                          "model itself")
 
 
-def count_parameters(base: nn.Module, names: Any) -> tuple[int, int]:
-    """Trainable parameters, and all of the base and of the adapters called `names`; what is shared counts once."""
-    adapters: dict[int, nn.Parameter] = {}
-    for name in names:
-        for holder in (*(adapter for _, adapter in attached(base, name)), *shared_states(base, name)):
-            adapters |= {id(param): param for param in holder.parameters()}
-    weights = scan(base)
-    trained = [w.numel() for w in weights if isinstance(w.tensor, Tensor) and w.tensor.requires_grad]
-    trainable = sum(p.numel() for p in adapters.values() if p.requires_grad) + sum(trained)
-    return trainable, sum(w.numel() for w in weights) + sum(p.numel() for p in adapters.values())
-
-
-def _require_input_grads(model: Any) -> None:
+def require_input_grads(model: Any) -> None:
     """With reentrant checkpointing a layer whose input needs no gradient gives its adapters none."""
     # transformers 5.23 has renamed it, and warns of the old name.
     flag = next((name for name in ("is_activation_checkpointing", "is_gradient_checkpointing")
@@ -348,93 +352,3 @@ def _require_input_grads(model: Any) -> None:
         ask()
     elif callable(getattr(model, "get_input_embeddings", None)):
         model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-
-
-def _given(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward that were given; a base model may not know all of their names."""
-    more = arguments.pop("kwargs")
-    return {key: value for key, value in arguments.items() if value is not None} | more
-
-
-class PeftModelForCausalLM(PeftModel):
-    """For language models."""
-
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, labels: Any = None,
-                output_attentions: Any = None, output_hidden_states: Any = None, return_dict: Any = None,
-                task_ids: Any = None, **kwargs: Any) -> Any:
-        return self._run(self.get_base_model(), **_given(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
-             "labels": labels, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-             "return_dict": return_dict, "kwargs": kwargs}))
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return cast(Any, self.get_base_model()).prepare_inputs_for_generation(*args, **kwargs)
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """For encoder-decoder models."""
-
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None,
-                decoder_input_ids: Any = None, decoder_attention_mask: Any = None, decoder_inputs_embeds: Any = None,
-                labels: Any = None, output_attentions: Any = None, output_hidden_states: Any = None,
-                return_dict: Any = None, task_ids: Any = None, **kwargs: Any) -> Any:
-        return self._run(self.get_base_model(), **_given(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
-             "decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask,
-             "decoder_inputs_embeds": decoder_inputs_embeds, "labels": labels, "output_attentions": output_attentions,
-             "output_hidden_states": output_hidden_states, "return_dict": return_dict, "kwargs": kwargs}))
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        return cast(Any, self.get_base_model()).prepare_inputs_for_generation(*args, **kwargs)
-
-
-class _Classifier(PeftModel):
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, labels: Any = None,
-                output_attentions: Any = None, output_hidden_states: Any = None, return_dict: Any = None,
-                task_ids: Any = None, **kwargs: Any) -> Any:
-        return self._run(self.get_base_model(), **_given(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
-             "labels": labels, "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-             "return_dict": return_dict, "kwargs": kwargs}))
-
-
-class PeftModelForSequenceClassification(_Classifier):
-    """For models with a head for whole texts, which is trained."""
-
-    heads = ("classifier", "score")
-
-
-class PeftModelForTokenClassification(_Classifier):
-    """For models with a head for each token, which is trained."""
-
-    heads = ("classifier", "score")
-
-
-class PeftModelForQuestionAnswering(PeftModel):
-    """For models with a head for answers' ends, which is trained."""
-
-    heads = ("qa_outputs",)
-
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None,
-                position_ids: Any = None, inputs_embeds: Any = None, start_positions: Any = None,
-                end_positions: Any = None, output_attentions: Any = None, output_hidden_states: Any = None,
-                return_dict: Any = None, task_ids: Any = None, **kwargs: Any) -> Any:
-        return self._run(self.get_base_model(), **_given(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-             "position_ids": position_ids, "inputs_embeds": inputs_embeds, "start_positions": start_positions,
-             "end_positions": end_positions, "output_attentions": output_attentions,
-             "output_hidden_states": output_hidden_states, "return_dict": return_dict, "kwargs": kwargs}))
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """For models whose hidden states are wanted."""
-
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None,
-                output_attentions: Any = None, output_hidden_states: Any = None, return_dict: Any = None,
-                task_ids: Any = None, **kwargs: Any) -> Any:
-        return self._run(self.get_base_model(), **_given(
-            {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds,
-             "output_attentions": output_attentions, "output_hidden_states": output_hidden_states,
-             "return_dict": return_dict, "kwargs": kwargs}))
-
-

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from veneer.peft.model import (
-    PeftModel,
+from veneer.peft.model import PeftModel
+from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from veneer.peft.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -11,7 +12,6 @@ from veneer.peft.model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 __all__ = ["PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
            "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification",

@@ -11,6 +11,7 @@ from torch import nn
 from veneer.attached import adapter_names, hosts
 from veneer.hosts import Host
 from veneer.method import VeneerError
+from veneer.peft.counting import count_parameters
 from veneer.peft.layers.faces import faces_of
 from veneer.peft.layers.whole import ModulesToSaveWrapper, TrainableTokensWrapper
 from veneer.storage import packed_storage
@@ -150,8 +151,6 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 
 def _count(base: nn.Module, names: Iterable[str]) -> tuple[int, int]:
-    from veneer.peft.model import count_parameters  # which shows these reports as its methods
-
     return count_parameters(base, names)
 
 

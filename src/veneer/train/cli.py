@@ -12,11 +12,10 @@ import veneer
 from veneer.formats import FORMATS
 from veneer.method import VeneerError
 from veneer.train.extras import require
+from veneer.train.yaml_flags import YAML_FLAGS
 
 #: what the error of `veneer.load` says to callers of Python, and means nothing in a shell
 _PYTHON_HINT = ". strict=False loads what fits"
-#: the flags of `veneer train` beside a YAML file
-YAML_FLAGS = ("--set", "--dry-run", "--resume", "--print-schema")
 
 
 def build_parser() -> argparse.ArgumentParser:
