@@ -156,6 +156,7 @@ def dressed(config: PeftConfig) -> Dress:
         mine = {**config.to_dict(), "inference_mode": True}
         mine = {key: _plain(value) for key, value in mine.items() if key != "peft_version"}
         kept = {key: mine[key] for key in _WORDS if mine.get(key) is not None}
+        kept |= {"task_type": mine["task_type"]}  # None too: the model is to come back as the class that it is
         if _targets(mine, base) == _targets(found, base):
             kept |= {key: mine[key] for key in _WHERE if key in mine}
         else:

@@ -6,14 +6,35 @@ from typing import Any
 
 from veneer.peft.config import config_class
 from veneer.peft.tuner import BaseTuner
-from veneer.peft.tuners.adalora.model import AdaLoraModel
-from veneer.peft.tuners.loha.model import LoHaModel
-from veneer.peft.tuners.lokr.model import LoKrModel
-from veneer.peft.tuners.lora.model import LoraModel
-from veneer.peft.tuners.randlora.model import RandLoraModel
-from veneer.peft.tuners.vblora.model import VBLoRAModel
-from veneer.peft.tuners.vera.model import VeraModel
+from veneer.peft.tuners.adalora import AdaLoraConfig, AdaLoraModel
+from veneer.peft.tuners.loha import LoHaConfig, LoHaModel
+from veneer.peft.tuners.lokr import LoKrConfig, LoKrModel
+from veneer.peft.tuners.lora import (
+    CordaConfig,
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraGAConfig,
+    LoraModel,
+    LoraRuntimeConfig,
+    convert_to_lora,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    preprocess_corda,
+    preprocess_loraga,
+    save_as_lora,
+)
+from veneer.peft.tuners.mixed import MixedModel
+from veneer.peft.tuners.randlora import RandLoraConfig, RandLoraModel
+from veneer.peft.tuners.vblora import VBLoRAConfig, VBLoRAModel
+from veneer.peft.tuners.vera import VeraConfig, VeraModel
 from veneer.peft.types import PeftType
+
+__all__ = ["PEFT_TYPE_TO_TUNER_MAPPING", "AdaLoraConfig", "AdaLoraModel", "CordaConfig", "EvaConfig", "LoHaConfig",
+           "LoHaModel", "LoKrConfig", "LoKrModel", "LoftQConfig", "LoraConfig", "LoraGAConfig", "LoraModel",
+           "LoraRuntimeConfig", "MixedModel", "RandLoraConfig", "RandLoraModel", "VBLoRAConfig", "VBLoRAModel",
+           "VeraConfig", "VeraModel", "convert_to_lora", "get_eva_state_dict", "initialize_lora_eva_weights",
+           "preprocess_corda", "preprocess_loraga", "save_as_lora", "tuner_class"]
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {
     PeftType.LORA: LoraModel, PeftType.ADALORA: AdaLoraModel, PeftType.LOHA: LoHaModel, PeftType.LOKR: LoKrModel,
