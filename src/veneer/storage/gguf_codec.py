@@ -15,7 +15,8 @@ from torch import Tensor
 from veneer.method import VeneerError
 from veneer.storage.base import library
 
-_CHUNK = 2**18  # elements worked on at a time: temporaries stay in the cache
+#: elements worked on at a time: temporaries of less than a MiB stay in the cache, and the allocator keeps their pages
+_CHUNK = 2**17
 
 
 class Kind(NamedTuple):
@@ -80,6 +81,7 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _nibbles(codes: Tensor) -> Tensor:
     """uint8 (n, 16) → (n, 32): the low halves of the bytes, then the high ones."""
+    codes = codes.contiguous()  # a copy, after which both halves take a tenth of the time
     return torch.cat([codes & 15, codes >> 4], 1)
 
 

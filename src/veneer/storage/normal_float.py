@@ -19,7 +19,8 @@ from veneer.method import VeneerError, check_positive_int
 BITS = (2, 4, 8)
 #: blocks whose scales are doubly quantised together
 GROUP = 256
-_CHUNK = 2**18  # elements worked on at a time: temporaries stay in the cache
+#: elements worked on at a time: temporaries of less than a MiB stay in the cache, and the allocator keeps their pages
+_CHUNK = 2**17
 _TINY = torch.finfo(torch.float32).tiny
 
 #: Appendix E of the paper, as it prints them
