@@ -263,6 +263,9 @@ class TestLoftQ:
         model.get_base_model().config._name_or_path = ""
         with pytest.raises(ValueError, match="does not say where it was loaded from"):
             replace_lora_weights_loftq(model)
+        model.get_base_model().config._name_or_path = "nobody/has-this"
+        with pytest.raises(VeneerError, match="the weights of 'nobody/has-this' are not on this machine"):
+            replace_lora_weights_loftq(model)
         with pytest.raises(VeneerError, match="no adapter named 'other'"):
             replace_lora_weights_loftq(model, tmp_path, "other")
 

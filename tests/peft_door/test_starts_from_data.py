@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import warnings
 from pathlib import Path
@@ -220,6 +221,26 @@ class TestEva:
         ours.get_eva_state_dict(model, batches, forward_fn=forward, show_progress_bar=False)
         assert all(given is model for given in seen)
 
+    def test_progress_and_gathering_are_the_callers_choice(self, batches: list[dict[str, Tensor]],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+        module = importlib.import_module("veneer.peft.tuners.lora.eva")
+        seen: list[Any] = []
+
+        def calibrate(*args: Any, progress: bool, **options: Any) -> veneer.Statistics:
+            seen.append(progress)
+            return veneer.calibrate(*args, progress=False, **options)
+
+        def gathered(self: veneer.Statistics, group: Any = None) -> veneer.Statistics:
+            seen.append("gathered")
+            return self
+
+        monkeypatch.setattr(module, "calibrate", calibrate)
+        monkeypatch.setattr(veneer.Statistics, "gathered", gathered)
+        for flag in (True, False):
+            ours.get_eva_state_dict(made(eva_config(rho=1.0)), batches, show_progress_bar=flag,
+                                    gather_distributed_inputs=flag)
+        assert seen == [True, "gathered", False]
+
     def test_a_bare_model_with_a_config(self, batches: list[dict[str, Tensor]]) -> None:
         config = eva_config(rho=1.0)
         bare = ours.get_eva_state_dict(skewed(), batches, config, show_progress_bar=False)
@@ -356,6 +377,20 @@ class TestCorda:
         expected = pairs(ours.get_peft_model(model, config))
         for name, pair in pairs(ours.get_peft_model(again, config)).items():
             torch.testing.assert_close(pair, expected[name], rtol=0, atol=0)
+
+    def test_verbose_shows_the_progress(self, batches: list[dict[str, Tensor]],
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+        module, seen = importlib.import_module("veneer.peft.tuners.lora.collected"), []
+
+        def calibrate(*args: Any, progress: bool, **options: Any) -> veneer.Statistics:
+            seen.append(progress)
+            return veneer.calibrate(*args, progress=False, **options)
+
+        monkeypatch.setattr(module, "calibrate", calibrate)
+        for verbose in (True, False):
+            model = nets.decoder()
+            preprocess_corda(model, corda_config(verbose=verbose), run_over(model, batches))
+        assert seen == [True, False]
 
     def test_errors(self, batches: list[dict[str, Tensor]], tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="run_model must be specified"):
