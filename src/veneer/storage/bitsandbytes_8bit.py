@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer.method import VeneerError
 from veneer.storage.base import Storage, check_options, class_names, library, make_plain
+from veneer.storage.byte_codes import scaled
 
 
 class BitsAndBytes8Bit(Storage):
@@ -84,8 +85,10 @@ class BitsAndBytes8Bit(Storage):
         if scales is None:
             raise VeneerError("a bitsandbytes 8-bit layer has lost its scales (SCB): load the model again")
         # As its backward does it: in fp32, rounded once.
-        out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        return torch.mul(codes, scales.float().mul(1 / 127).unsqueeze(1), out=out)
+        factors = scales.float().mul(1 / 127).unsqueeze(1)
+        if codes.device.type == "cpu":
+            return scaled(codes, factors, dtype)
+        return torch.mul(codes, factors, out=torch.empty(codes.shape, dtype=dtype, device=codes.device))
 
     def swap(self, module: Any, held: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         weight = module._parameters["weight"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from veneer.method import VeneerError, check_positive_int
 from veneer.storage.base import Storage, check_options, library, own_class
+from veneer.storage.byte_codes import scaled
 
 
 def _int4(weight: Any, dtype: torch.dtype) -> Tensor:
@@ -23,10 +24,20 @@ def _int4(weight: Any, dtype: torch.dtype) -> Tensor:
     return values.view(out, -1).to(dtype)
 
 
+def _scaled(weight: Any, dtype: torch.dtype) -> Tensor:
+    """`Int8Tensor` and `Float8Tensor`: qdata (out, in), scales (out, in/group). Its own reading has these bits too."""
+    zero = weight.__dict__.get("zero_point")
+    plain = weight.block_size[0] == 1 and weight.shape[1] % weight.block_size[1] == 0
+    if weight.qdata.device.type != "cpu" or not plain or (zero is not None and bool(zero.any())):
+        return weight.dequantize(output_dtype=dtype)
+    codes, scales = weight.qdata.view(-1, weight.block_size[1]), weight.scale.float().reshape(-1, 1)
+    return scaled(codes, scales, dtype).view(weight.shape)
+
+
 #: how each class is read as dense numbers; they are what its own product uses, but for the order of roundings
 _READERS: dict[str, Callable[[Any, torch.dtype], Tensor]] = {
-    "Int8Tensor": lambda weight, dtype: weight.dequantize(output_dtype=dtype),
-    "Float8Tensor": lambda weight, dtype: weight.dequantize(output_dtype=dtype),
+    "Int8Tensor": _scaled,
+    "Float8Tensor": _scaled,
     "IntxUnpackedToInt8Tensor": lambda weight, dtype: weight.dequantize().to(dtype),
     "Int4Tensor": _int4,
 }
