@@ -129,7 +129,10 @@ class NormalFloat:
         for at in range(0, len(scales), step):
             part = slice(at, at + step)
             values = table.index_select(0, bytes_[part].reshape(-1).int()).view(torch.float32).view(-1, self.block)
-            torch.mul(values, scales[part].unsqueeze(1), out=out[part])
+            if dtype == torch.float32:
+                torch.mul(values, scales[part].unsqueeze(1), out=out[part])
+            else:
+                out[part] = values.mul_(scales[part].unsqueeze(1))
         return out.view(-1)[:self.shape[0] * self.shape[1]].view(self.shape)
 
 
