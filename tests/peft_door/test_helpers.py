@@ -55,6 +55,17 @@ class TestRescale:
             torch.testing.assert_close(outputs(model), outputs(half))
         torch.testing.assert_close(outputs(model), before, rtol=0, atol=0)
 
+    def test_adalora(self) -> None:
+        model, half = (ours.get_peft_model(nets.decoder(), ours.AdaLoraConfig(
+            init_r=3, target_r=2, total_step=5, lora_alpha=alpha, target_modules=TARGETS)).eval() for alpha in (6, 3))
+        for name, param in model.named_parameters():
+            if "lora_E" in name:
+                param.data.normal_()
+        half.load_state_dict(model.state_dict())
+        with rescale_adapter_scale(model, 0.5):
+            torch.testing.assert_close(outputs(model), outputs(half))
+        assert not torch.allclose(outputs(model), outputs(half), atol=1e-3)
+
     def test_zero_is_the_base_and_an_error_restores(self) -> None:
         model = made()
         before = outputs(model)

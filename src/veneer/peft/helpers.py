@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import MethodType, TracebackType
@@ -13,9 +14,10 @@ from typing import Any
 from torch import nn
 
 from veneer.attached import hosts
+from veneer.methods.adalora import AdaLoRAAdapter
+from veneer.methods.lora import LoRAAdapter
 from veneer.peft.config import PeftConfig
 from veneer.peft.errors import NotInVeneerError
-from veneer.peft.layers.lora import LoraLayer
 from veneer.peft.saving import base_of
 from veneer.wrappers import unwrap
 
@@ -24,26 +26,27 @@ _METHODS = ("forward", "generate")
 
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Inside, the scale of every LoRA on the model is `multiplier` times what it was.
+    """Inside, the scale of every LoRA and AdaLoRA on the model is `multiplier` times what it was.
 
     With a multiplier between 0 and 1 that is WiSE-FT (Wortsman et al. 2021, arXiv:2109.01903) between the base and what
-    was trained. Raises `TypeError` for what is no number and `ValueError` for a model without LoRA.
+    was trained. Raises `TypeError` for what is no number, and `ValueError` for one that is not finite and for a model
+    without such adapters.
     """
     if not isinstance(multiplier, (float, int)):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
-    layers = [host for _, host in hosts(base_of(unwrap(model))) if isinstance(host, LoraLayer)]
-    before = [(layer.scaling, dict(layer.scaling)) for layer in layers]
-    if not any(scales for _, scales in before):
+    if not math.isfinite(multiplier):
+        raise ValueError(f"a scale must be finite, got the multiplier {multiplier}")
+    pairs = {part: part.scale for _, host in hosts(base_of(unwrap(model))) for part in host.adapters.modules()
+             if isinstance(part, (LoRAAdapter, AdaLoRAAdapter))}
+    if not pairs:
         raise ValueError("scaling is only supported for models with `LoraLayer`s, and this one has none")
     try:
-        for scaling, scales in before:
-            for name, scale in scales.items():
-                scaling[name] = scale * multiplier
+        for pair, scale in pairs.items():
+            pair.scale = scale * multiplier
         yield
     finally:
-        for scaling, scales in before:
-            for name, scale in scales.items():
-                scaling[name] = scale
+        for pair, scale in pairs.items():
+            pair.scale = scale
 
 
 @contextlib.contextmanager
