@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.method import VeneerError
-from veneer.peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
+from veneer.peft import AdaLoraConfig, LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
 from veneer.peft.tuners.lora.layer import LoraLayer
 
 
@@ -404,3 +404,14 @@ def test_replicated_layers_are_saved_and_loaded(tmp_path: Path) -> None:
 def test_a_config_that_adapts_nothing() -> None:
     with pytest.raises(VeneerError, match="its config adapts nothing"):
         get_peft_model(nets.decoder(), config(target_modules="dummy-target-modules"))
+
+
+def test_adalora_layers_show_their_values() -> None:
+    made = get_peft_model(nets.decoder(), AdaLoraConfig(init_r=4, target_r=2, total_step=10, lora_alpha=6,
+                                                        target_modules=["q_proj"]))
+    layer = made.base_model.model.model.layers[0].self_attn.q_proj
+    assert (layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"]) == (4, 6, 1.5)
+    layer.scaling["default"] = 3.0
+    layer.set_scale("default", 0.5)
+    assert layer.scaling["default"] == 0.75
+    assert layer.lora_E["default"].shape == (4,)

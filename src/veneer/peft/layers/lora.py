@@ -19,8 +19,8 @@ from veneer.peft.layers.base import BaseTunerLayer
 class Values(MutableMapping[str, Any]):
     """A value of each LoRA on a layer, by adapter name. Reads what is in force; writes it where that can be."""
 
-    def __init__(self, layer: LoraLayer, read: Callable[[LoRA, LoRAAdapter], Any],
-                 write: Callable[[LoRAAdapter, Any], None] | None = None) -> None:
+    def __init__(self, layer: LoraLayer, read: Callable[[Any, Any], Any],
+                 write: Callable[[Any, Any], None] | None = None) -> None:
         self._layer, self._read, self._write = layer, read, write
 
     def __getitem__(self, name: str) -> Any:
