@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 import veneer
 from veneer.method import VeneerError
-from veneer.peft import AdaLoraConfig, LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, inject_adapter_in_model
+from veneer.peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from veneer.peft.tuners.lora.layer import LoraLayer
 
 
