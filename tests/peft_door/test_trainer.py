@@ -98,3 +98,20 @@ def test_trl_takes_the_model(tmp_path: Path) -> None:
     trl.SFTTrainer(net, args=arguments, train_dataset=data, processing_class=tokenizer).train()
     assert {path.name for path in (tmp_path / "checkpoint-2").iterdir()} >= FILES
     assert any(not torch.equal(before[name], value) for name, value in trained(net).items())
+
+
+def test_a_trainer_that_needs_no_peft(tmp_path: Path) -> None:
+    from veneer.train.adapter_checkpoints import AdapterCheckpoints
+
+    def run(net: Any, **more: Any) -> Any:
+        options = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "seed": 1,
+                   "report_to": [], "use_cpu": True, "disable_tqdm": True, **more}
+        arguments = transformers.TrainingArguments(str(tmp_path), **options)
+        return AdapterCheckpoints(net.get_base_model(), arguments, train_dataset=rows())
+
+    net, resumed = model(init_lora_weights="pissa"), model(init_lora_weights="pissa")
+    run(net).train()
+    assert not list((tmp_path / "checkpoint-3").glob("model*.safetensors"))
+    run(resumed).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    want = trained(net)
+    assert all(torch.equal(want[name], value) for name, value in trained(resumed).items())
