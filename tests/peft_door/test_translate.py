@@ -32,7 +32,6 @@ from veneer.peft.family_configs import (
     VeraConfig,
 )
 from veneer.peft.lora_config import CordaConfig, LoraConfig, LoraGAConfig, LoraRuntimeConfig
-from veneer.peft.replicate import replicate_layers
 from veneer.peft.targets import inspect_matched_modules, settle_targets
 from veneer.peft.translate import Translation, translate
 from veneer.peft.types import FAMILY
@@ -697,62 +696,3 @@ def test_layers_that_kernels_read():
     model.config, model.out_proj = {"model_type": "mamba"}, nn.Linear(2, 2)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="'out_proj' is incompatible with model_type 'mamba'"):
         translate(model, LoraConfig(target_modules=["out_proj"]))
-
-
-# -- layer_replication ---------------------------------------------------------------------------------------
-def test_replicated_layers_have_adapters_of_their_own_over_the_same_numbers():
-    options = {"layer_replication": [[0, 2], [1, 3]], "target_modules": ["q_proj"], "r": 2}
-    model = nets.decoder()
-    before = list(model.model.layers)
-    other = theirs(nets.decoder, "LoraConfig", options)
-    found = translate(model, LoraConfig(**options))
-    assert list(found.modules) == other.targeted_module_names
-    assert [layer for layer in model.model.layers if layer in before] == before
-    first, second = (model.get_submodule(f"model.layers.{i}.self_attn.q_proj") for i in (1, 2))
-    assert first.weight is not second.weight
-    assert first.weight.data_ptr() == second.weight.data_ptr()
-    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
-    assert model.config.num_hidden_layers == 4
-    assert model.model.layers[2].self_attn.config is model.config
-    inputs = nets.inputs_for(model)
-    torch.testing.assert_close(model(**inputs).logits, other.model(**inputs).logits)
-    again = translate(model, LoraConfig(**options))
-    assert again.modules == found.modules
-    veneer.attach(model, found.rules)
-    assert len(adapters(model)["default"].weights) == 4
-    cached = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert torch.equal(cached, model.generate(**inputs, max_new_tokens=3, do_sample=False, use_cache=False))
-
-
-def test_kinds_of_layers_are_replicated_too():
-    config = nets.transformers.Gemma2Config(
-        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, head_dim=4,
-        num_key_value_heads=1, layer_types=["sliding_attention", "full_attention"])
-    model = nets.transformers.Gemma2ForCausalLM(config)
-    replicate_layers(model, [[0, 2], [1, 2]])
-    assert model.config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
-    model.eval().generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False)
-
-
-@pytest.mark.parametrize(("ranges", "says"), [
-    ([[0, 4]], "must name layers from 0 to 3"), ([[0, 2, 3]], r"a list of ranges \[start, end\], got"),
-    ([[2, 2]], "must name layers"),
-])
-def test_ranges_that_are_none(ranges, says):
-    model = nets.decoder()
-    with pytest.raises(VeneerError, match=says):
-        replicate_layers(model, ranges)
-    assert len(model.model.layers) == 3
-
-
-def test_layers_are_replicated_once_and_before_adapters():
-    model = nets.decoder()
-    replicate_layers(model, [[0, 3], [0, 1]])
-    with pytest.raises(VeneerError, match=r"were replicated by .* already"):
-        replicate_layers(model, [[0, 2]])
-    model = nets.decoder()
-    veneer.attach(model, translate(model, q()).rules)
-    with pytest.raises(VeneerError, match="has adapters on its layers already"):
-        replicate_layers(model, [[0, 2]])
-    with pytest.raises(VeneerError, match="no list of layers was found in this Linear"):
-        replicate_layers(nn.Linear(2, 2), [[0, 2]])

@@ -6,10 +6,10 @@ the model stays where it is.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -21,38 +21,85 @@ from veneer.wrappers import unwrap
 
 #: where the list of layers hangs, below `model` and `bert`
 _PLACES = ("layers", "encoder.layer", "h")
-_DONE: WeakKeyDictionary[nn.Module, list[tuple[int, int]]] = WeakKeyDictionary()
+#: attribute of a list of layers that was replicated: by which ranges. Plain, so that it is copied and pickled along
+_MARK = "_veneer_replicated"
 
 
-def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> None:
+def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Callable[[], None]:
     """Put the layers of the ranges [start, end) of `layer_map`, one after the other, in place of the model's layers.
 
     `[[0, 4], [2, 5]]` makes layers 0, 1, 2, 3, 2, 3, 4. The model's config then has their number. Done once: the same
-    map on the same model again changes nothing.
+    map on the same model, or on a copy of it, again changes nothing.
 
-    Raises `VeneerError` where the layers are not found, a range is none of the model's, the model has adapters or
-    another map already, or a layer is held in fewer bits.
+    Returns what puts all that was changed here back: the list of layers, their numbers, the config. It is to be called
+    before anything is attached to the new layers; after the first time it does nothing.
+
+    Raises `VeneerError`, with the model as it was, where the layers are not found, a range is none of the model's, the
+    model has adapters or another map already, or a layer is held in fewer bits.
     """
     ranges = [_range(entry) for entry in layer_map]
     bare = unwrap(model)
-    if bare in _DONE:
-        if _DONE[bare] != ranges:
-            raise VeneerError(f"layer_replication={ranges}: the layers of this model were replicated by {_DONE[bare]} "
-                              "already; load it anew for another map")
-        return
+    owner, name, layers = _find(bare)
+    if _has(layers, ranges):
+        return contextlib.ExitStack().close
     if next(iter(hosts(bare)), None) is not None:
         raise VeneerError(f"layer_replication={ranges}: this model has adapters on its layers already; unload them "
                           "first")
-    owner, name, layers = _find(bare)
-    order = [i for start, end in ranges for i in range(start, end)]
+    order = _order(ranges)
     if not order or min(order) < 0 or max(order) >= len(layers):
         raise VeneerError(f"layer_replication={ranges} must name layers from 0 to {len(layers)}, the end not included, "
                           f"since the model has {len(layers)}")
     for index in sorted(set(order)):
         _check(layers[index], index)
-    setattr(owner, name, nn.ModuleList(_ordered(layers, order)))
-    _tell_config(getattr(owner, "config", None) or getattr(bare, "config", None), order, len(layers))
-    _DONE[bare] = ranges
+    with contextlib.ExitStack() as undo:
+        found = _ordered(layers, order)
+        _number(found, undo)
+        _tell_config(getattr(owner, "config", None) or getattr(bare, "config", None), order, len(layers), undo)
+        deeper = nn.ModuleList(found)
+        deeper.training = layers.training
+        vars(deeper)[_MARK] = ranges
+        _set(owner, name, deeper, undo)
+        return undo.pop_all().close
+
+
+@contextlib.contextmanager
+def replicated(model: nn.Module, config: Any) -> Iterator[None]:
+    """Inside, and after it, `model` has its layers as the `layer_replication` of `config` says, if there is one; after
+    an exception inside they are as they were."""
+    ranges = getattr(config, "layer_replication", None)
+    undo = replicate_layers(model, ranges) if ranges else None
+    try:
+        yield
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
+
+
+def check_replicated(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> None:
+    """Raise `VeneerError` unless the layers of `model` were replicated by this map."""
+    ranges = [_range(entry) for entry in layer_map]
+    if not _has(_find(unwrap(model))[2], ranges):
+        raise VeneerError(f"layer_replication={ranges}: the layers of this model are not replicated yet; call "
+                          "replicate_layers(model, layer_replication) first")
+
+
+def _has(layers: nn.ModuleList, ranges: list[tuple[int, int]]) -> bool:
+    """Whether these are layers replicated by the ranges. Raises `VeneerError` where they are so by others."""
+    done = vars(layers).get(_MARK)
+    if done is not None and _order(done) != _order(ranges):
+        raise VeneerError(f"layer_replication={ranges}: the layers of this model were replicated by {done} already; "
+                          "load it anew for another map")
+    return done is not None
+
+
+def _order(ranges: Sequence[tuple[int, int]]) -> list[int]:
+    return [i for start, end in ranges for i in range(start, end)]
+
+
+def _set(owner: Any, name: str, value: Any, undo: contextlib.ExitStack) -> None:
+    undo.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
 
 
 def _range(entry: Sequence[int]) -> tuple[int, int]:
@@ -88,18 +135,22 @@ def _check(layer: nn.Module, index: int) -> None:
 
 
 def _ordered(layers: nn.ModuleList, order: Sequence[int]) -> list[nn.Module]:
-    """The layers in their new order, each told its new number: the first use is the layer itself, others are copies."""
+    """The layers in their new order: the first use is the layer itself, others are copies."""
     used: set[int] = set()
     found = []
     for index in order:
         layer = _copy(layers[index]) if index in used else layers[index]
         used.add(index)
         found.append(layer)
-    for number, layer in enumerate(found):
+    return found
+
+
+def _number(layers: Sequence[nn.Module], undo: contextlib.ExitStack) -> None:
+    """Tell each layer its number, by which it finds its place in a cache."""
+    for number, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = number  # type: ignore[assignment]
-    return found
+                _set(module, "layer_idx", number, undo)
 
 
 def _copy(layer: nn.Module) -> nn.Module:
@@ -113,10 +164,10 @@ def _copy(layer: nn.Module) -> nn.Module:
     return copy.deepcopy(layer, memo)
 
 
-def _tell_config(config: Any, order: Sequence[int], before: int) -> None:
+def _tell_config(config: Any, order: Sequence[int], before: int, undo: contextlib.ExitStack) -> None:
     if getattr(config, "num_hidden_layers", None) is None:
         return
     types = getattr(config, "layer_types", None)
-    config.num_hidden_layers = len(order)
+    _set(config, "num_hidden_layers", len(order), undo)
     if isinstance(types, list) and len(types) == before:
-        config.layer_types = [types[i] for i in order]
+        _set(config, "layer_types", [types[i] for i in order], undo)

@@ -16,7 +16,7 @@ from veneer.methods import Full
 from veneer.notices import say
 from veneer.peft.config import PeftConfig, config_class
 from veneer.peft.remembered import recall
-from veneer.peft.replicate import replicate_layers
+from veneer.peft.replicate import check_replicated
 from veneer.peft.targeted import Targeted
 from veneer.peft.targets import find_targets, settle_targets
 from veneer.peft.trained_whole import biases, saved, tokens
@@ -65,9 +65,9 @@ class _Draft:
 
 
 def translate(model: nn.Module, config: PeftConfig, name: str = "default", *, given: bool = False) -> Translation:
-    """What `config` means for the bare model `model`, which may have other adapters; nothing is attached. Only
-    `layer_replication` changes the model. name: of the adapter, for messages. given: the adapter's values come from a
-    file, so that nothing starts from weights or data.
+    """What `config` means for the bare model `model`, which may have other adapters and whose layers were
+    replicated already, if `layer_replication` says so; nothing of the model is changed. name: of the adapter, for
+    messages. given: the adapter's values come from a file, so that nothing starts from weights or data.
 
     Raises `ValueError` (most as `VeneerError`) for a config that fits nothing of the model, contradicts itself, or asks
     for what Veneer does not have (`NotInVeneerError`); `TypeError` where `config` is none of this package's.
@@ -77,7 +77,7 @@ def translate(model: nn.Module, config: PeftConfig, name: str = "default", *, gi
     options: Any = config
     _check_ignored(options)
     if getattr(options, "layer_replication", None):
-        replicate_layers(model, options.layer_replication)
+        check_replicated(model, options.layer_replication)
     weights = base_weights(model)
     base = base_map(model, weights)
     settle_targets(model, base, options)

@@ -25,7 +25,7 @@ from veneer.methods import DoRA, LoRA
 from veneer.peft.config import PeftConfig, plain
 from veneer.peft.layers.base import BaseTunerLayer, require_grad, set_live
 from veneer.peft.layers.faces import show_faces
-from veneer.peft.replicate import replicate_layers
+from veneer.peft.replicate import replicated
 from veneer.peft.translate import translate
 from veneer.plan import resolve
 from veneer.weights import scan
@@ -61,14 +61,15 @@ class BaseTuner(nn.Module):
         state_dict: instead of the config's targets, those that have keys in it are adapted.
         """
         before = self.active_adapters
-        found = translate(self.model, config if state_dict is None else targets_of(config, state_dict), name)
-        if not found.rules:
-            raise VeneerError(f"adapter {name!r}: its config adapts nothing: no target_modules, target_parameters, "
-                              "modules_to_save, trainable_token_indices or bias")
-        made = resolve(self.model, scan(self.model), found.rules)
-        # Drawn from torch's generator, so that torch.manual_seed decides, as in PEFT.
-        seed = int(torch.randint(2**62, (), device="cpu"))
-        attach(self.model, made, name, seed, found.statistics)
+        with replicated(self.model, config):
+            found = translate(self.model, config if state_dict is None else targets_of(config, state_dict), name)
+            if not found.rules:
+                raise VeneerError(f"adapter {name!r}: its config adapts nothing: no target_modules, "
+                                  "target_parameters, modules_to_save, trainable_token_indices or bias")
+            made = resolve(self.model, scan(self.model), found.rules)
+            # Drawn from torch's generator, so that torch.manual_seed decides, as in PEFT.
+            seed = int(torch.randint(2**62, (), device="cpu"))
+            attach(self.model, made, name, seed, found.statistics)
         accept_base(self.model, name)
         self._added(name, found.config, before)
 
@@ -78,9 +79,9 @@ class BaseTuner(nn.Module):
         before, new = self.active_adapters, name not in self.peft_config
         override = None if given is None else plain(given.to_dict())
         if new and getattr(config, "layer_replication", None):
-            replicate_layers(self.model, config.layer_replication)  # type: ignore[attr-defined]
             override = {**plain(config.to_dict()), "layer_replication": None}
-        report = load_adapter(self.model, path, name, allow_pickle=False, config=override)
+        with replicated(self.model, config if new else None):
+            report = load_adapter(self.model, path, name, allow_pickle=False, config=override)
         if new:
             self._added(name, copy.deepcopy(config), before)
         return report
