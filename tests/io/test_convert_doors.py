@@ -16,13 +16,15 @@ from convert_helpers import (
     saved,
 )
 from io_models import fresh, outputs
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import veneer
 from veneer import DoRA, Full, LoHa, LoRA, VeRA, convert_file
-from veneer.formats.content import FORMATS
+from veneer.formats.content import FORMATS, META_MODELOPT
 from veneer.formats.read import MODELOPT_STATE, NEMO_SETTINGS
+from veneer.train.cli import main
 
 MIXED_RULES = {"block.0": LoRA(rank=2), "head": LoRA(rank=3)}
 LOSSY = [
@@ -200,3 +202,93 @@ def test_several_adapters_and_layers_that_are_off(tmp_path):
     modelopt.disable_adapters(single, "head")
     modelopt.save(single, tmp_path / "s")
     refused(tmp_path / "s", tmp_path / "q", "peft", r"'one' is off in 1 layers \('head'\)")
+
+
+# -- names in a directory of ModelOpt's -----------------------------------------------------------------------
+def from_modelopt(tmp_path: Path) -> Path:
+    """A native adapter whose header knows that it was called "one" in ModelOpt."""
+    source, _ = saved(tmp_path, {"block.0": LoRA(rank=2)})
+    convert_file(source, tmp_path / "first", "modelopt", name="one")
+    convert_file(tmp_path / "first", tmp_path / "native", "native")
+    return tmp_path / "native"
+
+
+def names_in(path: Path) -> list[str]:
+    modes = json.loads((path / MODELOPT_STATE).read_text())["modelopt_state_dict"]
+    return [mode["config"]["adapter_name"] for _, mode in modes]
+
+
+def test_a_name_that_is_given_wins_over_the_one_in_modelopt(tmp_path):
+    source, out = from_modelopt(tmp_path), tmp_path / "out"
+    (out / "one").mkdir(parents=True)
+    (out / "one" / "adapter_model.safetensors").write_text("another adapter")
+    convert_file(source, out, "modelopt", name="two")
+    assert names_in(out) == ["two"]
+    assert (out / "one" / "adapter_model.safetensors").read_text() == "another adapter"
+    convert_file(out / "two", tmp_path / "again", "modelopt")  # the file itself knows its new name
+    assert names_in(tmp_path / "again") == ["two"]
+    assert_equal(content(source), content(tmp_path / "again"))
+
+
+def test_the_name_from_modelopt_is_the_one_that_is_looked_at(tmp_path):
+    source, out = from_modelopt(tmp_path), tmp_path / "out"
+    (out / "one").mkdir(parents=True)
+    (out / "one" / "adapter_model.safetensors").write_text("another adapter")
+    refused(source, out, "modelopt", "one/adapter_model.safetensors is there already; overwrite=True .* replaces it "
+            r"\(the adapter 'one'; others there stay\)")
+    assert (out / "one" / "adapter_model.safetensors").read_text() == "another adapter"
+    assert main(["convert", str(source), str(out), "--to", "modelopt", "--overwrite"]) == 0
+    assert names_in(out) == ["one"]
+    assert_equal(content(source), content(out))
+
+
+def test_other_adapters_stay_in_modelopts_state(tmp_path):
+    from veneer import modelopt
+
+    source, model = saved(tmp_path, {"block.0": LoRA(rank=2)})
+    out = tmp_path / "m"
+    convert_file(source, out, "modelopt", name="one")
+    refused(source, out, "modelopt", f"{MODELOPT_STATE} is there already", name="two")
+    report = convert_file(source, out, "modelopt", name="two", overwrite=True)
+    assert names_in(out) == ["one", "two"]
+    assert report.notes == (f"{MODELOPT_STATE} was there already: what else it says (1 entries) stays in it",)
+    convert_file(source, out, "modelopt", name="one", overwrite=True)
+    assert sorted(names_in(out)) == ["one", "two"]
+    again = modelopt.restore(fresh("mixed"), out)
+    assert set(veneer.adapters(again)) == {"one", "two"}
+    veneer.activate(again, "two")
+    assert torch.equal(outputs(again, "mixed"), outputs(model, "mixed"))
+
+
+@pytest.mark.parametrize(("state", "says"), [("{", "is not JSON"), ("{}", "is damaged: KeyError"),
+                                             ('{"modelopt_state_dict": [1]}', "is damaged: TypeError")])
+def test_a_damaged_state_is_not_written_over(tmp_path, state, says):
+    source, _ = saved(tmp_path, {"block.0": LoRA(rank=2)})
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / MODELOPT_STATE).write_text(state)
+    refused(source, tmp_path / "m", "modelopt", says, overwrite=True)
+    assert (tmp_path / "m" / MODELOPT_STATE).read_text() == state
+
+
+@pytest.mark.parametrize("name", ["../out", "..", "", MODELOPT_STATE])
+def test_names_that_are_no_directorys(tmp_path, name):
+    source = from_modelopt(tmp_path)
+    refused(source, tmp_path / "m", "modelopt", f"name={name!r} is to be that of a directory", name=name)
+    file = tmp_path / "native" / "veneer.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    said = json.loads(header[META_MODELOPT])
+    said["config"]["adapter_name"] = name
+    save_file(tensors, file, {**header, META_MODELOPT: json.dumps(said)})
+    if name:
+        refused(source, tmp_path / "m", "modelopt", f"name={name!r} is to be that of a directory")
+    del said["config"]
+    save_file(tensors, file, {**header, META_MODELOPT: json.dumps(said)})
+    refused(source, tmp_path / "m", "modelopt", "is damaged: it has no config with a name")
+
+
+def test_the_adapters_own_directory_is_no_target(tmp_path):
+    source, _ = saved(tmp_path, {"block.0": LoRA(rank=2)})
+    convert_file(source, tmp_path / "m", "modelopt", name="one")
+    refused(tmp_path / "m" / "one", tmp_path / "m", "modelopt", "is where the source is", name="one", overwrite=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from veneer.formats.base import known
-from veneer.formats.content import FORMATS
+from veneer.formats.content import FORMATS, Content
 from veneer.formats.read import MODELOPT_STATE, detect, read
 from veneer.formats.write import targets, write
 from veneer.io.dialects.hf_base import Inexpressible
@@ -40,7 +40,7 @@ class ConvertReport:
 
 
 def convert_file(source: str | Path, target: str | Path, to: str, base: str | Path | nn.Module | None = None, *,
-                 from_: str | None = None, prefix: str | None = None, name: str = "default",
+                 from_: str | None = None, prefix: str | None = None, name: str | None = None,
                  overwrite: bool = False) -> ConvertReport:
     """Write the adapter at `source` to `target` in another format. Needs no model.
 
@@ -48,7 +48,8 @@ def convert_file(source: str | Path, target: str | Path, to: str, base: str | Pa
     `FORMATS`; from_ None: what the files look like. base: what the source does not tell of its base model is taken from
     here: a folder with config.json or safetensors files (of which only the headers are read), such a file, or a model.
     prefix: of the names in kohya's and LyCORIS's files, such as "lora_te"; None: those that are usual. name: of the
-    adapter in a directory of ModelOpt's. overwrite: replace an adapter that is there.
+    adapter in a directory of ModelOpt's; None: the one that it had in ModelOpt, else "default". overwrite: replace an
+    adapter that is there; in a directory of ModelOpt's the one of that name, and others stay.
 
     What is written holds the same numbers, bit for bit, and its header the whole plan, so that converting it back gives
     the same again. Raises `VeneerError`, with nothing written, where the format cannot hold something that changes what
@@ -61,8 +62,10 @@ def convert_file(source: str | Path, target: str | Path, to: str, base: str | Pa
             raise VeneerError(f"convert: unknown format {option}={value!r}{nearest(value, FORMATS) or '.'} Known: "
                               f"{', '.join(FORMATS)}")
     form = _format(source, from_)
-    _check_target(source, target, to, name, overwrite)
+    _check_kind(target, to)
     content = read(source, form, known(base), prefix)
+    name = _settled(content, to) if name is None else name
+    _check_free(source, target, to, name, overwrite)
     try:
         written = write(content, target, to, name, prefix)
     except Inexpressible as no:
@@ -83,19 +86,34 @@ def _format(source: Path, said: str | None) -> str:
     raise VeneerError(f"convert: {source} is in the format {found}, not {said}")
 
 
-def _check_target(source: Path, target: Path, to: str, name: str, overwrite: bool) -> None:
+def _settled(content: Content, to: str) -> str:
+    """The name of an adapter that is given none. Only ModelOpt's directories have names."""
+    if to != "modelopt":
+        return "default"
+    from veneer.formats.modelopt import DEFAULT, name_of
+
+    return name_of(content) or DEFAULT
+
+
+def _check_kind(target: Path, to: str) -> None:
     if to in _FILES:
         if target.suffix != ".safetensors" or target.is_dir():
             raise VeneerError(f"convert: {to} is one file: give a target that ends in .safetensors, not {target}")
     elif target.suffix == ".safetensors" or target.is_file():
         raise VeneerError(f"convert: {to} is a directory ({FORMATS[to]}), and {target} is a file's name")
-    if Path(name).name != name:
+
+
+def _check_free(source: Path, target: Path, to: str, name: str, overwrite: bool) -> None:
+    """Refuse what is not to be written over. name: the one that is written."""
+    if Path(name).name != name or name in ("", "..", MODELOPT_STATE):
         raise VeneerError(f"convert: name={name!r} is to be that of a directory")
     there = [path for path in targets(target, to, name) if path.exists()]
-    folder = source.parent if source.is_file() else source
-    if there and to not in _FILES and os.path.realpath(folder) == os.path.realpath(target):
+    folder = os.path.realpath(source.parent if source.is_file() else source)
+    places = {target} if to != "modelopt" else {target, target / name}
+    if there and to not in _FILES and folder in map(os.path.realpath, places):
         raise VeneerError(f"convert: {target} is where the source is; give another directory")
     if to not in (*_FILES, "modelopt") and (target / MODELOPT_STATE).is_file():
         raise VeneerError(f"convert: {target} is a directory of ModelOpt's adapters; give another one")
     if there and not overwrite:
-        raise VeneerError(f"convert: {there[0]} is there already; overwrite=True (--overwrite) replaces it")
+        stay = f" (the adapter {name!r}; others there stay)" if to == "modelopt" else ""
+        raise VeneerError(f"convert: {there[0]} is there already; overwrite=True (--overwrite) replaces it{stay}")

@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
 from veneer.formats.content import META_MODELOPT, Content
 from veneer.inits.random import TorchInit
 from veneer.io.dialects.hf_base import Inexpressible
+from veneer.io.manifest import parse_json, read_json
 from veneer.io.records import Record
+from veneer.method import VeneerError
 from veneer.methods import LoRA
 
+#: the kind of the entries of modelopt_state.json that are adapters, and the name of one whose config has none
+MODE, DEFAULT = "peft", "default"
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
+def name_of(content: Content) -> str | None:
+    """The name that an adapter had in ModelOpt; None where it did not come from there."""
+    mode = _known_mode(content)
+    return None if mode is None else mode["config"].get("adapter_name", DEFAULT)
+
+
+def _known_mode(content: Content) -> dict[str, Any] | None:
+    if META_MODELOPT not in content.header:
+        return None
+    mode = parse_json(content.header[META_MODELOPT], f"{META_MODELOPT} in the tensor file's header")
+    if not isinstance(mode.get("config"), dict) or not isinstance(mode["config"].get("adapter_name", DEFAULT), str):
+        raise VeneerError(f"{META_MODELOPT} in the tensor file's header is damaged: it has no config with a name")
+    return mode
+
+
+def other_modes(file: Path, name: str) -> list[Any]:
+    """The entries of a modelopt_state.json but that of the adapter `name`; none where there is no such file.
+
+    Raises `VeneerError` for a file that is damaged.
+    """
+    if not file.is_file():
+        return []
+    try:
+        modes = read_json(file)["modelopt_state_dict"]
+        return [mode for mode in modes if mode[1].get("config", {}).get("adapter_name", DEFAULT) != name
+                or mode[0] != MODE]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise VeneerError(f"{file} is damaged: {type(error).__name__}: {error}; nothing was written") from error
+
+
 def mode_of(content: Content, name: str) -> tuple[dict[str, Any], list[str]]:
-    """An entry of modelopt_state.json for an adapter that has this name unless it came from ModelOpt, and notes.
+    """An entry of modelopt_state.json for an adapter under this name, and notes.
 
     Raises `Inexpressible` for what ModelOpt's config has no words for.
     """
-    if META_MODELOPT in content.header:
-        return json.loads(content.header[META_MODELOPT]), []
+    known = _known_mode(content)
+    if known is not None:
+        if name_of(content) != name:
+            known["config"]["adapter_name"] = name
+        return known, []
     patterns: dict[str, Any] = {"*": {"enable": False}}
     for record in content.records:
         for layer, said in _patterns(record, content).items():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from veneer.formats.content import META_STEMS, Content
+from veneer.formats.content import META_MODELOPT, META_STEMS, Content
 from veneer.formats.read import MODELOPT_STATE, NEMO_SETTINGS
 from veneer.io import native, sites, store
 from veneer.io.dialects import hf, lycoris
@@ -42,7 +42,7 @@ def targets(target: Path, form: str, name: str) -> list[Path]:
 
 
 def write(content: Content, target: Path, form: str, name: str, prefix: str | None) -> Written:
-    """Write the adapter. name: of a directory of ModelOpt's; prefix: of names in kohya's files.
+    """Write the adapter. name: in a directory of ModelOpt's, whose others stay; prefix: of names in kohya's files.
 
     Raises `Inexpressible` where the format cannot hold it, and `VeneerError` where the disk does not.
     """
@@ -94,10 +94,14 @@ def _directory(content: Content, target: Path, config: dict[str, Any] | None, te
 
 # -- ModelOpt's: its state file last, so that half a directory is none ---------------------------------------
 def _modelopt(content: Content, target: Path, name: str) -> Written:
-    from veneer.formats.modelopt import mode_of
+    from veneer.formats.modelopt import MODE, mode_of, other_modes
 
     mode, notes = mode_of(content, name)
-    name = mode["config"].get("adapter_name", "default")
+    if META_MODELOPT in content.header:
+        content.header[META_MODELOPT] = json.dumps(mode)
+    others = other_modes(target / MODELOPT_STATE, name)
+    if others:
+        notes.append(f"{MODELOPT_STATE} was there already: what else it says ({len(others)} entries) stays in it")
     plain, more = _plain(content)
     notes += more
     try:
@@ -106,7 +110,7 @@ def _modelopt(content: Content, target: Path, name: str) -> Written:
     except hf.Inexpressible as no:
         tensors = native.encode(content.records)
         written = _directory(content, target / name, None, tensors, str(no), {}, notes)
-    text = json.dumps({"modelopt_state_dict": [["peft", mode]]}, indent=1)
+    text = json.dumps({"modelopt_state_dict": [*others, [MODE, mode]]}, indent=1)
     size = write_all(target, [(MODELOPT_STATE, functools.partial(write_text, text))])
     files = (MODELOPT_STATE, *(f"{name}/{file}" for file in written.files))
     return Written(files, written.bytes + size, notes)

@@ -83,7 +83,7 @@ def _convert_arguments(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: what the files look like")
     convert.add_argument("--base", help="the base model's folder, or a safetensors file, for what SOURCE does not tell")
     convert.add_argument("--prefix", help="of the names in kohya's and LyCORIS's files, such as lora_te")
-    convert.add_argument("--name", default="default", help="of the adapter in a directory of ModelOpt's")
+    convert.add_argument("--name", help="of the adapter in a directory of ModelOpt's (its name there, else default)")
     convert.add_argument("--overwrite", action="store_true", help="replace an adapter that is there already")
     convert.set_defaults(run=_convert)
 
