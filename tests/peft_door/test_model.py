@@ -264,9 +264,11 @@ def test_merging_and_unloading(model: PeftModel, base: nn.Module) -> None:
     expected, weight = output(model), base.model.layers[0].self_attn.q_proj.weight.clone()
     model.merge_adapter()
     assert torch.allclose(output(model), expected, atol=1e-5)
-    model.add_adapter  # noqa: B018  (there, but not while merged)
-    with pytest.raises(VeneerError, match="merged into the base weights"):
-        model.add_adapter("other", config())
+    for call in (lambda: model.add_adapter("other", config()), lambda: model.delete_adapter("default")):
+        with pytest.raises(ValueError, match=r"while 'default' is merged; call unmerge_adapter\(\) first"):
+            call()
+    with pytest.raises(ValueError, match="merged adapters, please call `unmerge_adapter`"):
+        output(model, adapter_names=["default", "default"])
     assert list(model.peft_config) == ["default"]
     model.unmerge_adapter()
     assert torch.equal(base.model.layers[0].self_attn.q_proj.weight, weight)

@@ -38,12 +38,15 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     """Lay an adapter over the model, in place, and return a `PeftModel` of the class for the config's task.
 
     mixed: adapters of several methods may be added. autocast_adapter_dtype: adapters over a 16-bit base are fp32.
-    revision: of the base model, to be written into the config. low_cpu_mem_usage: without effect, nothing is made
-    twice. Raises `ValueError` where the config does not fit the model, which is then as it was.
+    revision: of the base model, to be written into the config. low_cpu_mem_usage: without effect, nothing is made twice.
+    A `PeftModel` stands for its base model; an adapter of the same name makes place for the new one, and others stay, but
+    are not active. Raises `ValueError` where the config does not fit the model, which is then as it was.
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a config of veneer.peft, such as LoraConfig; got a "
                         f"{type(peft_config).__module__}.{type(peft_config).__name__}")
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
     _note_base(model, peft_config, revision)
     if any(isinstance(module, Host) for _, module in base_modules(model)):
         warnings.warn("You are trying to modify a model with PEFT for a second time. If you want to reload the model "
@@ -82,4 +85,6 @@ def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Module, adapter_n
                          "state stored on the tuner. Please use `get_peft_model` instead.")
     tuner = kind(model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage, state_dict)
     tuner._cast_adapter_dtype(adapter_name)
+    known = vars(model).get("peft_config")
+    model.peft_config = {**(known if isinstance(known, dict) else {}), **tuner.peft_config}  # type: ignore[assignment]
     return tuner.model

@@ -27,7 +27,7 @@ class PeftMixedModel(PeftModel):
         _check_type(peft_config)
         self.base_model = MixedModel(model, {adapter_name: peft_config}, adapter_name, empty=empty)
         if not empty:
-            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            self.base_model.settle_dtype(adapter_name, autocast_adapter_dtype)
         require_input_grads(model)
 
     def _check_type(self, config: PeftConfig) -> None:

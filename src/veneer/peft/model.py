@@ -58,7 +58,7 @@ class PeftModel(nn.Module):
         kind = tuner_class(peft_config.peft_type)
         self.base_model = kind(model, {adapter_name: peft_config}, adapter_name, empty=empty)
         if not empty:
-            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            self.base_model.settle_dtype(adapter_name, autocast_adapter_dtype)
         require_input_grads(model)
 
     def _add_heads(self, config: PeftConfig) -> None:
@@ -87,7 +87,10 @@ class PeftModel(nn.Module):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[next(iter(self.active_adapters), next(iter(self.peft_config)))]
+        name = next(iter([*self.active_adapters, *self.peft_config]), None)
+        if name is None:
+            raise ValueError("this model has no adapter any more, so that there is no config of one")
+        return self.peft_config[name]
 
     @property
     def modules_to_save(self) -> set[str] | None:
@@ -130,7 +133,7 @@ class PeftModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> type:
         """To transformers and others that ask `isinstance(model, peft.PeftModel)`, this is one too, where PEFT has been
         imported: Trainer saves and resumes adapters by that question alone."""
@@ -141,6 +144,10 @@ class PeftModel(nn.Module):
         if (mine, theirs) not in _SEEN_AS:
             _SEEN_AS[mine, theirs] = type(mine.__name__, (mine, theirs), {"__module__": mine.__module__})
         return _SEEN_AS[mine, theirs]
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        vars(object)["__class__"].__set__(self, kind)  # what torch's fully_shard does to a module
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (type(self),), self.__dict__
@@ -185,7 +192,7 @@ class PeftModel(nn.Module):
         self._check_type(peft_config)
         self._add_heads(peft_config)
         self.base_model.add(adapter_name, peft_config)
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.base_model.settle_dtype(adapter_name, autocast_adapter_dtype)
 
     def _check_type(self, config: PeftConfig) -> None:
         if config.peft_type != self.peft_type:
@@ -296,7 +303,7 @@ class PeftModel(nn.Module):
         for note in report.notes:
             warnings.warn(note, stacklevel=3)
         if new:
-            self.base_model._cast_adapter_dtype(name, autocast)
+            self.base_model.settle_dtype(name, autocast)
             self.set_requires_grad(name, is_trainable)
         if not is_trainable:
             self.eval()

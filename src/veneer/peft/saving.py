@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -13,16 +12,18 @@ from torch import Tensor, nn
 from veneer.attached import attached, hosts
 from veneer.hosts import Host
 from veneer.io.dialects import hf
+from veneer.io.dialects.hf_base import PREFIX
 from veneer.io.dialects.hf_names import is_target
 from veneer.io.load import LoadReport
 from veneer.io.records import BaseMap, Record, base_map, base_weights, records_of
 from veneer.io.save import Dress
 from veneer.io.tensors import read_tensors
-from veneer.method import VeneerError
-from veneer.peft.config import PeftConfig
+from veneer.method import VeneerError, nearest
+from veneer.peft.config import PeftConfig, plain
 from veneer.peft.hub import local_folder
 from veneer.peft.shown import parts
 from veneer.peft.tuner import BaseTuner
+from veneer.wrappers import unwrap
 
 #: keys of a config that say which weights are adapted, and those that say nothing of what a file computes
 _WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
@@ -30,6 +31,7 @@ _WORDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "m
           "trainable_token_indices")
 #: settings of starts, and what they are where a start has none
 _STARTS: dict[str, Any] = {"loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None}
+_ROUNDED = "would be rounded"
 _KEY = re.compile(r"'([^']*\.[^']*)'")
 
 
@@ -43,10 +45,12 @@ class LoadResult(NamedTuple):
 def base_of(model: nn.Module) -> nn.Module:
     """The model that adapters lie on, out of a `PeftModel` or a tuner."""
     tuner = tuner_of(model)
-    return model if tuner is None else tuner.model
+    return unwrap(model) if tuner is None else tuner.model
 
 
 def tuner_of(model: nn.Module) -> BaseTuner | None:
+    """The tuner of a `PeftModel`, compiled or not; None for a model without one."""
+    model = unwrap(model)
     if isinstance(model, BaseTuner):
         return model
     inner = model._modules.get("base_model")
@@ -63,12 +67,12 @@ def get_peft_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     base's embeddings; "auto" and False do not, as no byte of the base belongs in an adapter's file.
     Raises `ValueError` for an unknown adapter, and for one that PEFT's files cannot hold.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
     base = base_of(model)
     found = _encoded(base, adapter_name, values_by_part(model, state_dict, adapter_name))[1]
     if save_embedding_layers is True:
         found |= _embeddings(base)
+    if tuner_of(model) is None:  # injected: the model's own names
+        found = {key.removeprefix(PREFIX): tensor for key, tensor in found.items()}
     return found
 
 
@@ -90,21 +94,39 @@ def _encoded(base: nn.Module, name: str, values: Mapping[str, Mapping[str, Tenso
 
 def values_by_part(model: nn.Module, state_dict: Mapping[str, Tensor] | None,
                    name: str) -> dict[str, dict[str, Tensor]]:
-    """Weight → part of its adapter → tensor, out of a state dict of the whole model."""
+    """Weight → part of its adapter → tensor, out of a state dict of the whole model. Raises `ValueError` where that
+    lacks some."""
     if state_dict is None:
         return {}
-    base = base_of(model)
-    prefix = "" if base is model else "base_model.model."
+    base, missing = base_of(model), []
+    prefix = "" if tuner_of(model) is None else PREFIX
     found: dict[str, dict[str, Tensor]] = {}
+    for weight, part, key in _keys(base, name, prefix):
+        if key in state_dict:
+            found.setdefault(weight, {})[part] = state_dict[key]
+        else:
+            missing.append(key)
+    if missing:
+        raise ValueError(f"the state dict given lacks {missing[0]!r}{nearest(missing[0], state_dict)} and "
+                         f"{len(missing) - 1} others of adapter {name!r}; give that of the whole model, or none")
+    return found
+
+
+def _keys(base: nn.Module, name: str, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """(weight, part of its adapter, key in the state dict) of everything that is trained in an adapter."""
     names = {id(adapter): weight.name for weight, adapter in attached(base, name)}
     for path, host in hosts(base):
         for part in parts(host):
-            key = ".".join(filter(None, (prefix + path, part.shown)))
             _, owner, param, inside = part.path.split(".", 3)
-            if owner == name and key in state_dict:
-                adapter = cast(nn.ModuleDict, host.adapters[name])[param]
-                found.setdefault(names[id(adapter)], {})[inside] = state_dict[key]
-    return found
+            adapter = cast(nn.ModuleDict, host.adapters[owner])[param]
+            if owner == name and id(adapter) in names:
+                yield names[id(adapter)], inside, ".".join(filter(None, (prefix.rstrip("."), path, part.shown)))
+    for weight, adapter in attached(base, name):
+        state = adapter.shared_state()
+        if state is not None:  # which goes with the first weight
+            for param, _ in state.named_parameters():
+                yield weight.name, f"shared.{param}", f"base_model.vblora_vector_{param}.{name}"
+            return
 
 
 def _embeddings(base: nn.Module) -> dict[str, Tensor]:
@@ -129,13 +151,15 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: Mapping[s
     base = base_of(model)
     config = _encoded(base, adapter_name, {})[0]
     tuner = tuner_of(model) or BaseTuner(base, {}, adapter_name, empty=True)
-    report = tuner.load_values(adapter_name, config, peft_model_state_dict, strict=False)
-    rounded = [text for text in report.problems if "would be rounded" in text]
-    wrong = [text for text in report.problems if not text.startswith(("missing", "unexpected")) and text not in rounded]
-    if wrong and not ignore_mismatched_sizes:
-        raise VeneerError("set_peft_model_state_dict: " + "; ".join(wrong))
-    for text in rounded:
-        warnings.warn(text.replace("would be", "was"), stacklevel=2)
+
+    def is_wrong(problem: str) -> bool:
+        harmless = problem.startswith(("missing", "unexpected")) or _ROUNDED in problem
+        return not ignore_mismatched_sizes and not harmless
+
+    report = tuner.load_values(adapter_name, config, peft_model_state_dict, strict=is_wrong)
+    for text in report.problems:
+        if _ROUNDED in text:
+            warnings.warn(text.replace("would be", "was"), stacklevel=2)
     return result_of(report)
 
 
@@ -153,9 +177,11 @@ def dressed(config: PeftConfig) -> Dress:
     """How `veneer.save` is to word the config: as the user gave it, but for what has become of ranks and targets."""
 
     def dress(found: dict[str, Any], records: list[Record], base: BaseMap) -> tuple[dict[str, Any], dict[str, str]]:
-        mine = {**config.to_dict(), "inference_mode": True}
-        mine = {key: _plain(value) for key, value in mine.items() if key != "peft_version"}
+        mine = plain({**config.to_dict(), "inference_mode": True})
+        del mine["peft_version"]
         kept = {key: mine[key] for key in _WORDS if mine.get(key) is not None}
+        if found["peft_type"] != mine["peft_type"]:  # made another method of since (veneer.to_lora)
+            return {**found, **kept}, {}
         kept |= {"task_type": mine["task_type"]}  # None too: the model is to come back as the class that it is
         if _targets(mine, base) == _targets(found, base):
             kept |= {key: mine[key] for key in _WHERE if key in mine}
@@ -169,12 +195,6 @@ def dressed(config: PeftConfig) -> Dress:
 
 def _targets(config: Mapping[str, Any], base: BaseMap) -> set[str]:
     return {module for module in base.modules if is_target(config, module)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    return copy.deepcopy(value) if isinstance(value, (dict, list)) else value
 
 
 def load_peft_weights(model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None,

@@ -6,7 +6,8 @@ The parameters stay where the engine has them. What is shown is made anew at eac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from veneer.hosts import Host
 from veneer.hosts.parameter import ParameterHost
 from veneer.io.dialects.hf_types import OF_METHOD
-from veneer.method import Adapter
-from veneer.methods import DoRA, Full, Rows
+from veneer.method import Adapter, Method, check_probability
+from veneer.methods import AdaLoRA, DoRA, Full, LoRA, RandLoRA, Rows, VBLoRA, VeRA
 
 
 class Part(NamedTuple):
@@ -27,11 +28,17 @@ class Part(NamedTuple):
     owner: nn.Module
     attribute: str
 
-    @property
-    def tensor(self) -> nn.Parameter:
-        tensor = self.owner._parameters[self.attribute]
-        assert tensor is not None
-        return tensor
+    def get(self) -> Any:
+        return self.owner._parameters[self.attribute]
+
+    def put(self, value: Tensor) -> nn.Parameter:
+        """Give the adapter another parameter. Raises `ValueError` for one of another shape."""
+        old = self.get()
+        if value.shape != old.shape:
+            raise ValueError(f"{self.shown} has shape {tuple(old.shape)}, got {tuple(value.shape)}")
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, old.requires_grad)
+        self.owner._parameters[self.attribute] = parameter
+        return parameter
 
 
 def parts(host: Host) -> Iterator[Part]:
@@ -73,77 +80,192 @@ def _depth(host: Host, name: str, param: str) -> str:
 
 
 # -- modules that show them -----------------------------------------------------------------------------------
+class Looked(MutableMapping[str, Any]):
+    """A module's table of parameters that are an adapter's: looked up there each time.
+
+    What is put in or taken out here is so for this table alone: tools that swap parameters for other tensors (sharding,
+    functional calls) find the adapter itself among the modules too, as the other holder of a tied parameter, and swap it
+    in both.
+    """
+
+    def __init__(self, held: Mapping[str, Part]) -> None:
+        self.held, self.own, self.hidden = dict(held), dict[str, Any](), set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.hidden:
+            raise KeyError(name)
+        return self.own[name] if name in self.own else self.held[name].get()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.own[name] = value
+        self.hidden.discard(name)
+
+    def __delitem__(self, name: str) -> None:
+        self[name]  # raises KeyError
+        self.own.pop(name, None)
+        self.hidden.add(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in dict.fromkeys([*self.held, *self.own]) if name not in self.hidden)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self)
+
+
 class Nested(nn.Module):
     """A place in the tree of names that is nothing by itself."""
+
+
+class ShownDict(nn.ModuleDict):
+    """Modules by adapter name, which are shown and not kept."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        raise TypeError(f"a module put here would be lost, as what a layer shows of its adapters is made anew at each "
+                        f"look; assign to layer.…[{key!r}].weight, or add an adapter")
 
 
 class Factor(nn.Linear):
     """One factor of a pair, (out, in) or a batch of such. Assigning `weight` or `bias` replaces the adapter's own."""
 
-    def __init__(self, held: dict[str, Part]) -> None:
+    def __init__(self, held: Mapping[str, Part]) -> None:
         nn.Module.__init__(self)
-        self.__dict__["held"] = held
-        for tail in ("weight", "bias"):
-            self._parameters[tail] = held[tail].tensor if tail in held else None
-        size = self._parameters["weight"]
-        assert size is not None
-        self.out_features, self.in_features = (len(size), 1) if size.dim() == 1 else size.shape[-2:]
+        self.__dict__["_parameters"] = Looked(held)
+        size = self._parameters["weight"].shape  # type: ignore[union-attr]
+        self.out_features, self.in_features = (size.numel(), 1) if len(size) < 2 else size[-2:]
+        if "bias" not in held:
+            self.bias = None  # type: ignore[assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        held = self.__dict__.get("held", {})
-        if name in held and isinstance(value, Tensor):
-            old = held[name].tensor
-            if value.shape != old.shape:
-                raise ValueError(f"{held[name].shown} has shape {tuple(old.shape)}, got {tuple(value.shape)}")
-            parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, old.requires_grad)
-            held[name].owner._parameters[held[name].attribute] = parameter
+        table = self.__dict__.get("_parameters", {})
+        if name in table and isinstance(value, Tensor) and value.dim() > 1:  # flat parts are a sharding wrapper's
+            value = table.held[name].put(value)
         super().__setattr__(name, value)
 
 
-class Copy(nn.Module):
-    """The trained copies of a module's parameters (`modules_to_save`)."""
+class ShownParameters(nn.ParameterDict):
+    """Parameters by adapter name. Assigning one replaces the adapter's own."""
 
-    def __init__(self, held: dict[str, Part]) -> None:
+    def __init__(self, held: Mapping[str, Part] | None = None) -> None:
         super().__init__()
-        self._parameters.update({tail: part.tensor for tail, part in held.items()})
+        self._keys = dict.fromkeys(held or ())
+        self.__dict__["_parameters"] = Looked(held or {})
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        table: Any = self._parameters
+        if key not in table.held:
+            raise TypeError(f"no adapter {key!r} has such a parameter here; there are: {', '.join(table.held) or 'none'}")
+        table.held[key].put(value)
+
+
+class Drop(nn.Dropout):
+    """The dropout of an adapter. Setting `p` sets the adapter's."""
+
+    def __init__(self, adapter: Adapter, training: bool) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["_adapter"] = adapter
+        self.inplace = False
+        self.training = training
+
+    @property
+    def p(self) -> float:
+        return self.__dict__["_adapter"].dropout
+
+    @p.setter
+    def p(self, rate: float) -> None:
+        check_probability("dropout", "p", rate)
+        for part in self.__dict__["_adapter"].modules():
+            if isinstance(part, Adapter):
+                part.dropout = float(rate)
+
+
+#: what PEFT calls the dropout of each method
+_DROPOUT: dict[type[Method], str] = {LoRA: "lora_dropout", AdaLoRA: "lora_dropout", VeRA: "vera_dropout",
+                                     VBLoRA: "vblora_dropout", RandLoRA: "randlora_dropout"}
 
 
 def tree(host: Host) -> dict[str, nn.Module]:
     """What PEFT has below a module beside its own: submodules by name, made of the parameters themselves."""
     top = Nested()
-    modules: dict[str, dict[str, Part]] = {}
+    for name, adapter, piece, rate in _dropouts(host):
+        _put(top, f"{piece}.{name}", Drop(adapter, host.training) if rate else nn.Identity())
+    tables: dict[str, dict[str, Part]] = {}
     for part in parts(host):
         above, _, last = part.shown.rpartition(".")
-        if last in ("weight", "bias") and not above.endswith("base_layer"):
-            modules.setdefault(above, {})[last] = part
-        elif above.endswith("base_layer"):
-            _place(top, above, nn.Module)._parameters[last] = part.tensor
+        tables.setdefault(above, {})[last] = part
+    for path, held in tables.items():
+        if path.startswith("modules_to_save."):
+            _put(top, path, _copy(host, held))
+        elif path.endswith("base_layer"):
+            nested = cast(nn.Module, top._modules.get(path) or Nested())
+            nested.__dict__["_parameters"] = Looked(held)
+            _put(top, path, nested)
+        elif held.keys() <= {"weight", "bias"}:
+            _put(top, path, Factor(held))
         else:
-            cast(nn.ParameterDict, _place(top, above, nn.ParameterDict))[last] = part.tensor
-    for path, held in modules.items():
-        above, _, last = path.rpartition(".")
-        shown = Copy(held) if above == "modules_to_save" else Factor(held)
-        cast(nn.ModuleDict, _place(top, above, nn.ModuleDict))[last] = shown
+            _put(top, path, ShownParameters(held))
     return {name: module for name, module in top._modules.items() if module is not None}
 
 
-def _place(top: nn.Module, path: str, kind: type[nn.Module]) -> nn.Module:
-    """The module at a path, made where it is not there yet."""
+def _dropouts(host: Host) -> Iterator[tuple[str, Adapter, str, float]]:
+    """(adapter's name, adapter, what PEFT calls its dropout, its rate by the config) of those that can drop inputs."""
+    for name, slots in host.adapters.items():
+        for adapter in cast(nn.ModuleDict, slots).values():
+            assert isinstance(adapter, Adapter)
+            method: Any = adapter.method.inner if isinstance(adapter.method, DoRA) else adapter.method
+            if type(method) in _DROPOUT:
+                yield name, adapter, _DROPOUT[type(method)], method.dropout
+                break
+
+
+def _put(top: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path; what it is one of several in, by adapter name, is made where it is not there yet."""
     *above, last = path.split(".")
-    for name in above:
+    for i, name in enumerate(above):
         if name not in top._modules:
-            top.add_module(name, Nested())
+            by_name = i == len(above) - 1 and not isinstance(module, (ShownParameters, Nested))
+            top.add_module(name, ShownDict() if by_name else Nested())
         top = cast(nn.Module, top._modules[name])
-    if last not in top._modules:
-        top.add_module(last, kind())
-    return cast(nn.Module, top._modules[last])
+    top.add_module(last, module)
+
+
+def _copy(host: Host, held: Mapping[str, Part]) -> nn.Module:
+    """The module as it is trained (`modules_to_save`): of its own class, over the copies of its parameters."""
+    twin = bare(host)
+    twin.__dict__["_parameters"] = Looked(held)
+    vectors = tuple(name for name in held if host.veneer.layouts[name].shape.is_vector)
+    if vectors:
+        twin.__class__ = _with_vectors(type(twin), vectors)
+    return twin
+
+
+_WITH_VECTORS: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _with_vectors(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass whose forward finds these parameters as vectors (n,); an adapter holds them as (n, 1)."""
+    def vector(name: str) -> property:
+        return property(lambda self: self._parameters[name].reshape(-1))
+
+    if (base, names) not in _WITH_VECTORS:
+        body = {**{name: vector(name) for name in names}, "__module__": base.__module__}
+        _WITH_VECTORS[base, names] = type(base.__name__, (base,), body)
+    return _WITH_VECTORS[base, names]
+
+
+#: of a module's attributes, those that do not belong to its twin: what the engine and wrappers keep on it
+_NOT_SHARED = ("veneer", "forward", "_old_forward", "_hf_hook")
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+          "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
 
 
 def bare(host: Host) -> nn.Module:
-    """The module without its adapters: of its own class, over the same parameters and submodules."""
+    """The module without its adapters and hooks: of its own class, over the same parameters and submodules."""
     base = type(host).veneer_base  # type: ignore[attr-defined]
     twin = base.__new__(base)
-    twin.__dict__.update({key: value for key, value in host.__dict__.items()
-                          if key not in ("veneer", "forward", "_old_forward", "_hf_hook")})
+    twin.__dict__.update({key: value for key, value in host.__dict__.items() if key not in _NOT_SHARED})
     twin.__dict__["_modules"] = {name: module for name, module in host._modules.items() if name != "adapters"}
+    twin.__dict__.update({name: OrderedDict() for name in _HOOKS})
     return cast(nn.Module, twin)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from veneer.attach import attach, detach
 from veneer.attach import route as routed
-from veneer.attached import adapter_names, attached, hosts, routes, shared_states
+from veneer.attached import adapter_names, attached, hosts, known_names, routes, shared_states
+from veneer.eva import replaced
 from veneer.hosts import Host
 from veneer.io.load import LoadReport, load_tensors
 from veneer.io.load import load as load_adapter
@@ -23,11 +24,13 @@ from veneer.merge import merge, unmerge
 from veneer.method import VeneerError
 from veneer.methods import DoRA, LoRA
 from veneer.peft.config import PeftConfig, plain
+from veneer.peft.dtypes import cast_adapter_dtype, settle_new
 from veneer.peft.layers.base import BaseTunerLayer, require_grad, set_live
 from veneer.peft.layers.faces import show_faces
 from veneer.peft.replicate import replicated
 from veneer.peft.translate import translate
 from veneer.plan import resolve
+from veneer.route import Route
 from veneer.weights import scan
 
 
@@ -50,17 +53,19 @@ class BaseTuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self._disabled = False
+        self._off: list[Route] = []  # what this tuner has switched off
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
         if not empty:
             self.add(adapter_name, configs[adapter_name], state_dict)
 
     # -- adding and taking away -------------------------------------------------------------------------
     def add(self, name: str, config: PeftConfig, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Attach a new adapter by its config. It becomes the active one only where there is none yet.
+        """Attach a new adapter by its config. The first of this tuner becomes the active one; one of the same name that
+        was there before the tuner makes place.
 
         state_dict: instead of the config's targets, those that have keys in it are adapted.
         """
-        before = self.active_adapters
+        self._refuse_merged("add an adapter")
         with replicated(self.model, config):
             found = translate(self.model, config if state_dict is None else targets_of(config, state_dict), name)
             if not found.rules:
@@ -69,14 +74,22 @@ class BaseTuner(nn.Module):
             made = resolve(self.model, scan(self.model), found.rules)
             # Drawn from torch's generator, so that torch.manual_seed decides, as in PEFT.
             seed = int(torch.randint(2**62, (), device="cpu"))
-            attach(self.model, made, name, seed, found.statistics)
+            before = self.active_adapters
+            if name in adapter_names(self.model):
+                replaced(self.model, made, name, seed, found.statistics)
+            else:
+                attach(self.model, made, name, seed, found.statistics)
         accept_base(self.model, name)
         self._added(name, found.config, before)
 
     def load(self, name: str, path: str | Path, config: PeftConfig, given: PeftConfig | None = None) -> LoadReport:
         """Attach the adapter at a path, or give the one of this name its values. `given`: to be used instead of the
         config in the file."""
+        self._refuse_merged("load an adapter")
         before, new = self.active_adapters, name not in self.peft_config
+        if new and name in adapter_names(self.model):
+            raise ValueError(f"this model has an adapter {name!r} already, of another PeftModel; unload() that, or "
+                             "give this one another adapter_name")
         override = None if given is None else plain(given.to_dict())
         if new and getattr(config, "layer_replication", None):
             override = {**plain(config.to_dict()), "layer_replication": None}
@@ -87,18 +100,23 @@ class BaseTuner(nn.Module):
         return report
 
     def load_values(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor],
-                    strict: bool) -> LoadReport:
-        """Give an adapter the values of a state dict in PEFT's keys."""
+                    strict: Callable[[str], bool]) -> LoadReport:
+        """Give an adapter the values of a state dict in PEFT's keys. strict: which problems are errors."""
         return load_tensors(self.model, config, tensors, name, strict)
 
     def _added(self, name: str, config: PeftConfig, before: Sequence[str]) -> None:
+        first = not self.peft_config
         self.peft_config[name] = config
-        if self._disabled:
-            self._disable(routes(self.model))
         show_faces(self.model)
         self._own_shared(name)
-        set_live(self.model, before or [name])
-        self._train_active(config.inference_mode)
+        if self._disabled:
+            self._switch_off()
+        if first:
+            set_live(self.model, [name])
+            self._train_active(config.inference_mode)
+        else:  # nothing happens to those that are there
+            set_live(self.model, before)
+            self._require_grad(name, name in before and not config.inference_mode)
 
     def _own_shared(self, name: str) -> None:
         """For tuners whose shared parameters have a name of their own in PEFT."""
@@ -116,30 +134,30 @@ class BaseTuner(nn.Module):
         """Attach the adapter whose config is in `peft_config` already."""
         config = self.peft_config.pop(adapter_name)
         self.add(adapter_name, config, state_dict)
-        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        self.settle_dtype(adapter_name, autocast_adapter_dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off. If it was active, the first one left becomes so."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist; there are: {', '.join(self.peft_config)}")
-        live = [name for name in self.active_adapters if name != adapter_name]
+        self._refuse_merged("delete an adapter")
+        active = self.active_adapters
         detach(self.model, adapter_name)
         del self.peft_config[adapter_name]
         show_faces(self.model)
-        if not live and self.peft_config:
-            live = [next(iter(self.peft_config))]
-            warnings.warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
-                          f"{live[0]}.", stacklevel=3)
-        if live:
-            self.set_adapter(live)
+        if active == [adapter_name] and self.peft_config:
+            left = next(iter(self.peft_config))
+            warnings.warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left}.",
+                          stacklevel=3)
+            self.set_adapter(left)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """16-bit adapter parameters become fp32; without `autocast_adapter_dtype`, those of the base weight's dtype."""
-        for weight, adapter in attached(self.model, adapter_name):
-            if not autocast_adapter_dtype:
-                adapter.to(weight.dtype)
-            elif any(param.dtype in (torch.float16, torch.bfloat16) for param in adapter.parameters()):
-                adapter.to(torch.float32)
+        """Make fp32 of an adapter's 16-bit parameters; nothing where `autocast_adapter_dtype` is false."""
+        cast_adapter_dtype(self.model, adapter_name, autocast_adapter_dtype)
+
+    def settle_dtype(self, name: str, autocast_adapter_dtype: bool) -> None:
+        """Give a new adapter its dtype: its base weights', or fp32 over 16 bit with `autocast_adapter_dtype`."""
+        settle_new(self.model, name, autocast_adapter_dtype)
 
     # -- which are active -------------------------------------------------------------------------------
     @property
@@ -168,23 +186,26 @@ class BaseTuner(nn.Module):
             self._require_grad(name, requires_grad)
 
     def disable_adapter_layers(self) -> None:
-        """Compute what the base computes, until `enable_adapter_layers`."""
-        if not self._disabled:
-            self._disabled = True
-            self._disable(routes(self.model))
+        """Compute what the base computes, until `enable_adapter_layers`. What is merged is unmerged for good."""
+        if self._merged():
+            warnings.warn("Adapters are merged into the base weights. Unmerging the model first.", stacklevel=2)
+            self.unmerge_adapter()
+        self._disabled = True
+        self._switch_off()
 
     def enable_adapter_layers(self) -> None:
-        if self._disabled:
-            self._disabled = False
-            for route in routes(self.model):
-                route.disabled -= 1
+        self._disabled = False
+        for route in self._off:
+            route.disabled -= 1
+        self._off.clear()
         for _, host in hosts(self.model):
             host.veneer.off.clear()
 
-    @staticmethod
-    def _disable(found: Sequence[Any]) -> None:
-        for route in found:
-            route.disabled += not route.disabled
+    def _switch_off(self) -> None:
+        for route in routes(self.model):
+            if route not in self._off:
+                route.disabled += 1
+                self._off.append(route)
 
     # -- merging ----------------------------------------------------------------------------------------
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -192,13 +213,9 @@ class BaseTuner(nn.Module):
 
         It is always checked that what is written is finite, as `safe_merge` asks.
         """
-        merged = self._merged()
-        wanted = list(dict.fromkeys([*merged, *(self.active_adapters if adapter_names is None else adapter_names)]))
-        if wanted == merged:
-            return
-        if merged:
-            unmerge(self.model)
-        merge(self.model, wanted)
+        wanted = self._to_merge(adapter_names)
+        if wanted != self._merged():
+            self._merge(wanted, keep=True)
 
     def unmerge_adapter(self) -> None:
         if self._merged():
@@ -216,13 +233,39 @@ class BaseTuner(nn.Module):
 
         progressbar: without effect; it takes moments.
         """
+        wanted = self._to_merge(adapter_names)
+        if wanted:
+            self._merge(wanted, keep=False)
+        return self.unload()
+
+    def _to_merge(self, names: Sequence[str] | None) -> list[str]:
+        """What is merged already and the active adapters, or these. Raises `ValueError` for unknown names, and where
+        several of them have copies of the same module."""
+        wanted = list(dict.fromkeys([*self._merged(), *(self.active_adapters if names is None else names)]))
+        known_names(self.model, wanted)
+        whole = [name for name in wanted if getattr(self.peft_config.get(name), "modules_to_save", None)]
+        if len(whole) > 1:
+            raise ValueError(f"adapters {', '.join(whole)} each have copies of modules (modules_to_save), and only one "
+                             "of them can be merged")
+        return wanted
+
+    def _merge(self, wanted: Sequence[str], keep: bool) -> None:
+        """Merge these in place of what is merged, which is merged again where that fails."""
         merged = self._merged()
-        wanted = list(dict.fromkeys([*merged, *(self.active_adapters if adapter_names is None else adapter_names)]))
         if merged:
             unmerge(self.model)
-        if wanted:
-            merge(self.model, wanted, keep=False)
-        return self.unload()
+        try:
+            merge(self.model, wanted, keep)
+        except VeneerError:
+            if merged:
+                merge(self.model, merged)
+            raise
+
+    def _refuse_merged(self, doing: str) -> None:
+        merged = self._merged()
+        if merged:
+            raise ValueError(f"cannot {doing} while {', '.join(map(repr, merged))} "
+                             f"{'is' if len(merged) == 1 else 'are'} merged; call unmerge_adapter() first")
 
     def unload(self) -> nn.Module:
         """The base model without adapters: the very object that was given, its classes and names as before."""
@@ -247,6 +290,9 @@ class BaseTuner(nn.Module):
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names must be a list with one name for each row of the batch, got "
                             f"{adapter_names!r}")
+        if self._merged():
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call "
+                             "`unmerge_adapter` first.")
         unknown = sorted({name for name in adapter_names if name != "__base__"} - set(self.peft_config))
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")

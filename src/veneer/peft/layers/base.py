@@ -13,6 +13,7 @@ from veneer.attached import adapter_names, routes
 from veneer.hosts import Host
 from veneer.merge import merge, unmerge
 from veneer.method import Adapter
+from veneer.methods.dora import DoRAAdapter
 from veneer.peft.shown import bare, parts, tree
 
 
@@ -46,7 +47,9 @@ class BaseTunerLayer(Host):
         if remove_duplicate:
             memo.add(self)
         yield prefix, self
-        for name, module in self.named_children():
+        # The adapters themselves come last, so that their parameters go by PEFT's names; wrappers that put other
+        # tensors in the place of parameters must find every module that holds one.
+        for name, module in [*self.named_children(), ("adapters", self.adapters)]:
             yield from module.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -146,10 +149,12 @@ class BaseTunerLayer(Host):
         unmerge(self)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW as the base weight is stored, (out, in) for a linear layer, in the adapter's dtype."""
+        """ΔW as the base weight is stored, (out, in) for a linear layer, in the adapter's dtype; under DoRA that of the
+        pair, before the lengths."""
         main = self._main(adapter)
         param = next(p for p, each in cast(nn.ModuleDict, self.adapters[adapter]).items() if each is main)
-        return self.veneer.layouts[param].stored(main.delta())
+        change = main.inner if isinstance(main, DoRAAdapter) else main
+        return self.veneer.layouts[param].stored(change.delta())
 
 
 def require_grad(module: nn.Module, flag: bool) -> None:

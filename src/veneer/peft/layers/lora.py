@@ -117,8 +117,7 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def lora_dropout(self) -> nn.ModuleDict:
-        rates = {name: cast(LoRAAdapter, self._lora(name)).dropout for name in self.scaling}
-        return nn.ModuleDict({name: nn.Dropout(rate) if rate else nn.Identity() for name, rate in rates.items()})
+        return self._part("lora_dropout", nn.ModuleDict)
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -31,6 +31,7 @@ class LoraModel(BaseTuner):
                              svd_full_matrices: bool = True, svd_driver: str | None = None,
                              density: float | None = None, majority_sign_method: str = "total") -> None:
         """A new adapter whose ΔW is Σ weightᵢ · ΔWᵢ, thinned out before where the way says so. It is not made active.
+        Nothing happens where there is an adapter of that name.
 
         Everything is done on ΔW and not on the factors, in which PEFT's "linear" and the ways without "_svd" work: a
         sum of factors is not the factors of the sum. "linear" and "cat" are exact, of the ranks' sum; the others are
@@ -39,19 +40,25 @@ class LoraModel(BaseTuner):
 
         Raises `ValueError` for unknown adapters and ways, a name in use, and settings that do not go together.
         """
-        self._check_weighted(adapters, weights, combination_type, svd_clamp)
         if adapter_name in self.peft_config:
             return
+        self._refuse_merged("add an adapter")
+        self._check_weighted(adapters, weights, combination_type, svd_clamp)
         how, cut = _WAYS[combination_type]
         ranks = [self._largest_rank(name) for name in adapters]
         before = self.active_adapters
-        combine(self.model, dict(zip(adapters, weights, strict=True)), adapter_name, how,
+        factors: dict[str, float] = {}
+        for name, weight in zip(adapters, weights, strict=True):
+            factors[name] = factors.get(name, 0.0) + weight
+        trained = {id(param) for param in self.model.parameters() if param.requires_grad}
+        combine(self.model, factors, adapter_name, how,
                 (svd_rank or max(ranks)) if cut else None, density=density,
                 majority_sign=majority_sign_method if "ties" in how else "total")
         show_faces(self.model)
         self._note_weighted(adapters, adapter_name)
         set_live(self.model, before)
-        self._train_active(inference_mode=False)
+        for param in self.model.parameters():  # the new one is frozen, and the others are what they were
+            param.requires_grad_(id(param) in trained)
 
     def _note_weighted(self, adapters: Sequence[str], name: str) -> None:
         """The config of a new adapter: that of the first, with the ranks that came out, of which alpha is the same."""
@@ -85,7 +92,9 @@ class LoraModel(BaseTuner):
         if svd_clamp is not None:
             raise NotImplementedError("svd_clamp cuts off the largest entries of the factors, which changes ΔW; Veneer "
                                       "does not do that. Leave it out")
-        saved = [name for name in adapters if getattr(self.peft_config[name], "modules_to_save", None)]
-        if len(saved) > 1 and len(set(adapters)) > 1:
-            raise ValueError(f"add_weighted_adapter: adapters {saved} have modules_to_save, of which copies cannot be "
-                             "added up")
+        for name in adapters:
+            config: Any = self.peft_config[name]
+            if config.use_dora or config.modules_to_save:
+                what = "use_dora, and lengths" if config.use_dora else "modules_to_save, and copies of modules"
+                raise ValueError(f"add_weighted_adapter: adapter {name!r} has {what} cannot be added up; only changes "
+                                 "that are added to a weight can")

@@ -26,6 +26,11 @@ class VBLoRAModel(BaseTuner):
         super().delete_adapter(adapter_name)
         del self.vblora_vector_bank[adapter_name]
 
+    def unload(self) -> nn.Module:
+        if "vblora_vector_bank" in self._modules:
+            del self.vblora_vector_bank
+        return super().unload()
+
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """Numbers in the file: of the bank and, for each sub-vector, of its top-k weights and indices; and the total
         of others."""
