@@ -23,12 +23,10 @@ from veneer.method import VeneerError
 from veneer.notices import say
 from veneer.peft.architectures import default_targets, fused_experts, known_architectures
 from veneer.peft.errors import NoMatchingPeftModuleError
-from veneer.peft.types import PeftType, TaskType
+from veneer.peft.types import SEQ_CLS_HEADS, PeftType, TaskType
 from veneer.weights import base_modules
 
 ALL_LINEAR = "all-linear"
-#: heads by the names that models for classification give them
-SEQ_CLS_HEADS = ("score", "classifier")
 #: a longer list of targets is made shorter
 _MANY = 20
 

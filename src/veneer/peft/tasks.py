@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from veneer.peft.model import PeftModel
-from veneer.peft.types import TaskType
+from veneer.peft.types import QA_HEADS, SEQ_CLS_HEADS, TaskType
 
 
 def _given(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -59,19 +59,19 @@ class _Classifier(PeftModel):
 class PeftModelForSequenceClassification(_Classifier, task=TaskType.SEQ_CLS):
     """For models with a head for whole texts, which is trained."""
 
-    heads = ("classifier", "score")
+    heads = SEQ_CLS_HEADS[::-1]  # PEFT's files name them so
 
 
 class PeftModelForTokenClassification(_Classifier, task=TaskType.TOKEN_CLS):
     """For models with a head for each token, which is trained."""
 
-    heads = ("classifier", "score")
+    heads = SEQ_CLS_HEADS[::-1]  # PEFT's files name them so
 
 
 class PeftModelForQuestionAnswering(PeftModel, task=TaskType.QUESTION_ANS):
     """For models with a head for answers' ends, which is trained."""
 
-    heads = ("qa_outputs",)
+    heads = QA_HEADS
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, token_type_ids: Any = None,
                 position_ids: Any = None, inputs_embeds: Any = None, start_positions: Any = None,

@@ -15,10 +15,8 @@ from veneer.method import Method, VeneerError, nearest
 from veneer.methods import Full, Rows
 from veneer.notices import say
 from veneer.peft.errors import NotInVeneerError
+from veneer.peft.types import QA_HEADS, SEQ_CLS_HEADS
 from veneer.weights import base_modules
-
-#: heads that are asked for without knowing which of them a model has
-_HEADS = ("classifier", "score", "qa_outputs")
 
 Chosen = Iterator[tuple[str, Method]]  # full name of a parameter, what it gets
 
@@ -31,7 +29,7 @@ def saved(model: nn.Module, base: BaseMap, entries: Sequence[str]) -> Chosen:
     for entry in entries:
         mine = [names[id(module)] for name, module in model.named_modules(remove_duplicate=False)
                 if name and id(module) in names and hits_saved(entry, name)]
-        if not mine and entry not in _HEADS:
+        if not mine and entry not in (*SEQ_CLS_HEADS, *QA_HEADS):  # asked for without knowing which it has
             say(f"modules_to_save: no module's name ends in {entry!r}"
                 f"{nearest(entry, {name.rpartition('.')[2] for name in names.values()})}")
         hit |= dict.fromkeys(mine)

@@ -66,6 +66,8 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+#: names of the heads that models have for classes, in PEFT's order, and for answers
+SEQ_CLS_HEADS, QA_HEADS = ("score", "classifier"), ("qa_outputs",)
 #: the methods that this front door has
 FAMILY = (PeftType.LORA, PeftType.ADALORA, PeftType.LOHA, PeftType.LOKR, PeftType.VERA, PeftType.VBLORA,
           PeftType.RANDLORA)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from veneer.attached import adapter_names, attached, refuse_merged
+from veneer.attached import adapter_names, refuse_merged
 from veneer.io.dialects.hf_names import is_target
+from veneer.peft import dtypes
 from veneer.peft.config import PeftConfig
 from veneer.peft.layers.base import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from veneer.peft.saving import base_of, tuner_of
@@ -23,7 +23,6 @@ __all__ = ["BaseTuner", "BaseTunerLayer", "cast_adapter_dtype", "check_adapters_
 
 #: what a config says about which modules are adapted
 _WHERE = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-_NARROW = (torch.float16, torch.bfloat16)
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:
@@ -68,11 +67,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Make fp32 of an adapter's 16-bit parameters, which stay the same objects; nothing where
     `autocast_adapter_dtype` is false."""
-    if not autocast_adapter_dtype:
-        return
-    for _, adapter in attached(base_of(unwrap(model)), adapter_name):
-        if any(param.dtype in _NARROW for param in adapter.parameters()):
-            adapter.to(torch.float32)
+    dtypes.cast_adapter_dtype(base_of(unwrap(model)), adapter_name, autocast_adapter_dtype)
 
 
 def _tuner(model: nn.Module) -> BaseTuner:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from veneer.peft.architectures import targets_by_architecture
 from veneer.peft.config import CONFIG_NAME
 from veneer.peft.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
-from veneer.peft.types import PeftType
+from veneer.peft.types import SEQ_CLS_HEADS, PeftType
 
 WEIGHTS_NAME = "adapter_model.bin"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
-SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
+SEQ_CLS_HEAD_NAMES = list(SEQ_CLS_HEADS)
 
 TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = targets_by_architecture(PeftType.LORA)
 TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING = targets_by_architecture(PeftType.ADALORA)
