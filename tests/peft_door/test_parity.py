@@ -49,8 +49,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 NAMES = [
     # bias="all" of modules that carry no adapter: the base keeps its own bias, and a copy is trained
     (r"^(?!.*(?:lora_B|modules_to_save))(.*?)(?<!base_layer)\.bias$", r"\1.base_layer.bias"),
-    # PEFT counts the bank for the first layer that uses it, which is where it lies in the order of modules
-    (r"^.*\.vblora_vector_bank\.default$", "base_model.vblora_vector_bank.default"),
 ]
 #: methods that PEFT does not have on an architecture's layers, and neither have we
 REFUSED = [("conv1d", "loha"), ("conv1d", "lokr")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,14 @@ def load(model: nn.Module, path: str | Path, name: str = "default", strict: bool
 
 
 def load_tensors(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "default",
-                 strict: bool | Callable[[str], bool] = True) -> LoadReport:
-    """`load` for what is no file: PEFT's config as a dict, and tensors by PEFT's keys, which are copied. strict may
-    also say of each problem whether it is to be an error."""
+                 strict: bool = True) -> LoadReport:
+    """`load` for what is no file: PEFT's config as a dict, and tensors by PEFT's keys, which are copied."""
     stored = store.Stored(Path("(a state dict)/tensors"), dict(tensors), config=dict(config))
     model = unwrap(model)
     return _put(model, records_in(model, stored), name, strict)
 
 
-def _put(model: nn.Module, reading: Reading, name: str, strict: bool | Callable[[str], bool]) -> LoadReport:
+def _put(model: nn.Module, reading: Reading, name: str, strict: bool) -> LoadReport:
     stored, weights, records, problems = reading
     existing = name in adapter_names(model)
     if stored.fingerprint is not None:
@@ -86,9 +85,8 @@ def _put(model: nn.Module, reading: Reading, name: str, strict: bool | Callable[
         stored.notes += [] if note is None else [note]
     if existing:
         problems += _against_existing(model, name, records)
-    refused = [text for text in problems if strict is True or (strict is not False and strict(text))]
-    if refused:
-        raise VeneerError(_listing(stored, refused))
+    if problems and strict:
+        raise VeneerError(_listing(stored, problems))
     if not records:
         raise VeneerError(f"nothing in {stored.file} fits this model\n" + _listing(stored, problems))
     if not existing:

@@ -38,9 +38,9 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     """Lay an adapter over the model, in place, and return a `PeftModel` of the class for the config's task.
 
     mixed: adapters of several methods may be added. autocast_adapter_dtype: adapters over a 16-bit base are fp32.
-    revision: of the base model, to be written into the config. low_cpu_mem_usage: without effect, nothing is made twice.
-    A `PeftModel` stands for its base model; an adapter of the same name makes place for the new one, and others stay, but
-    are not active. Raises `ValueError` where the config does not fit the model, which is then as it was.
+    revision: of the base model, to be written into the config. low_cpu_mem_usage: without effect, nothing is made
+    twice. A `PeftModel` stands for its base model; an adapter of the same name makes place for the new one, and others
+    stay, but are not active. Raises `ValueError` where the config does not fit the model, which is then as it was.
     """
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config must be a config of veneer.peft, such as LoraConfig; got a "

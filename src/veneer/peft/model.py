@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.io.records import records_of
 from veneer.io.save import save
@@ -21,7 +21,7 @@ from veneer.peft import hub
 from veneer.peft.card import write_card
 from veneer.peft.config import PeftConfig
 from veneer.peft.counting import count_parameters
-from veneer.peft.saving import LoadResult, dressed, result_of, values_by_part
+from veneer.peft.saving import LoadResult, dressed, values_by_part, warn_unsavable
 from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.peft.tuners import tuner_class
 from veneer.peft.types import TaskType
@@ -59,6 +59,7 @@ class PeftModel(nn.Module):
         self.base_model = kind(model, {adapter_name: peft_config}, adapter_name, empty=empty)
         if not empty:
             self.base_model.settle_dtype(adapter_name, autocast_adapter_dtype)
+            warn_unsavable(model, adapter_name)
         require_input_grads(model)
 
     def _add_heads(self, config: PeftConfig) -> None:
@@ -125,6 +126,16 @@ class PeftModel(nn.Module):
         share = 100 * trainable / total
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of `named_parameters`, by the modules that hold them: showing them under PEFT's names takes time that a
+        training step need not spend."""
+        seen: set[int] = set()
+        for module in real_modules(self) if recurse else [self]:
+            for param in module._parameters.values():
+                if param is not None and id(param) not in seen:
+                    seen.add(id(param))
+                    yield param
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -169,6 +180,11 @@ class PeftModel(nn.Module):
         special = {key: kwargs.pop(key) for key in self.special_peft_forward_args & kwargs.keys()}
         if not special:
             return call(*args, **kwargs)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
+        rows, names = next((len(tensor) for tensor in tensors), None), special.get("adapter_names")
+        if names is not None and rows is not None and len(names) != rows:
+            raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
+                             f"{len(names)} and {rows} respectively.")
         with self._enable_peft_forward_hooks(**special):
             return call(*args, **kwargs)
 
@@ -193,6 +209,7 @@ class PeftModel(nn.Module):
         self._add_heads(peft_config)
         self.base_model.add(adapter_name, peft_config)
         self.base_model.settle_dtype(adapter_name, autocast_adapter_dtype)
+        warn_unsavable(self.get_base_model(), adapter_name)
 
     def _check_type(self, config: PeftConfig) -> None:
         if config.peft_type != self.peft_type:
@@ -258,8 +275,9 @@ class PeftModel(nn.Module):
         """The model with the adapter of a folder, or of a repository of the Hub, in the class of its task.
 
         Loading is strict: keys that are missing, unexpected or of another shape, and another base model, raise one
-        `VeneerError` that lists them, and the model is as before. config: to be used instead of the file's.
-        ephemeral_gpu_offload, low_cpu_mem_usage: without effect.
+        `VeneerError` that lists them, and the model is as before; with strict=False they are warnings, and what is whole
+        is loaded. allow_pickle=True reads a .bin file, and then only tensors out of it. config: to be used instead of
+        the file's. ephemeral_gpu_offload, low_cpu_mem_usage: without effect.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")
@@ -268,7 +286,8 @@ class PeftModel(nn.Module):
         found.inference_mode = not is_trainable
         kind = cls if found.task_type is None else model_class(found.task_type)
         made = kind(model, found, adapter_name, empty=True)
-        made._load(folder, adapter_name, is_trainable, found, config, autocast_adapter_dtype, key_mapping)
+        made._load(folder, adapter_name, is_trainable, found, config, autocast_adapter_dtype, key_mapping,
+                   **_reading(kwargs))
         return made
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False,
@@ -278,7 +297,7 @@ class PeftModel(nn.Module):
         """Load an adapter beside those that are there, not active yet; or give one of this name the file's values.
 
         Strict as `from_pretrained`. torch_device: without effect; an adapter lies where its weight does. hotswap: see
-        `veneer.peft.utils.hotswap`. Returns lists of missing and unexpected keys, which are empty.
+        `veneer.peft.utils.hotswap`. Returns sentences on missing and unexpected keys, none but with strict=False.
         """
         if kwargs.pop("hotswap", False):
             from veneer.peft.utils.hotswap import hotswap_adapter
@@ -291,23 +310,26 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(folder)
             self._check_type(config)
             config.inference_mode = not is_trainable
-        return self._load(folder, adapter_name, is_trainable, config, None, autocast_adapter_dtype, key_mapping)
+        return self._load(folder, adapter_name, is_trainable, config, None, autocast_adapter_dtype, key_mapping,
+                          **_reading(kwargs))
 
     def _load(self, folder: Path, name: str, is_trainable: bool, config: PeftConfig, given: PeftConfig | None,
-              autocast: bool, key_mapping: dict[str, str] | None) -> LoadResult:
+              autocast: bool, key_mapping: dict[str, str] | None, strict: bool = True,
+              allow_pickle: bool = False) -> LoadResult:
         if key_mapping:
             raise NotImplementedError("key_mapping: rename the keys with veneer.peft.load_peft_weights(path, "
                                       "key_mapping=…), and give them to set_peft_model_state_dict")
         new = name not in self.peft_config
-        report = self.base_model.load(name, folder, config, given)
-        for note in report.notes:
-            warnings.warn(note, stacklevel=3)
+        report = self.base_model.load(name, folder, config, given, strict=strict, allow_pickle=allow_pickle)
+        for text in (*report.notes, *report.problems):
+            warnings.warn(text, stacklevel=3)
         if new:
             self.base_model.settle_dtype(name, autocast)
             self.set_requires_grad(name, is_trainable)
         if not is_trainable:
             self.eval()
-        return result_of(report)
+        return LoadResult([text for text in report.problems if text.startswith("missing")],
+                          [text for text in report.problems if not text.startswith("missing")])
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         write_card(Path(output_dir), self)
@@ -331,6 +353,23 @@ def model_class(task_type: Any) -> type[PeftModel]:
         raise VeneerError(f"unknown task_type {task_type!r}{nearest(str(task_type), known) or '.'} Known: "
                           f"{', '.join(known)}")
     return found
+
+
+def _reading(kwargs: dict[str, Any]) -> dict[str, bool]:
+    """How to read an adapter's files: strict, allow_pickle."""
+    return {key: bool(kwargs[key]) for key in ("strict", "allow_pickle") if key in kwargs}
+
+
+def real_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, each once, without what faces show."""
+    seen: set[int] = set()
+    stack = [module]
+    while stack:
+        module = stack.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            stack += [child for child in reversed(module._modules.values()) if child is not None]
 
 
 def _blank(kind: type[PeftModel]) -> PeftModel:

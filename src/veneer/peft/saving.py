@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys as LoadResult
 
 from veneer.attached import attached, hosts
 from veneer.hosts import Host
 from veneer.io.dialects import hf
 from veneer.io.dialects.hf_base import PREFIX
 from veneer.io.dialects.hf_names import is_target
-from veneer.io.load import LoadReport
+from veneer.io.dialects.hf_types import file_type
 from veneer.io.records import BaseMap, Record, base_map, base_weights, records_of
 from veneer.io.save import Dress
 from veneer.io.tensors import read_tensors
@@ -32,14 +33,6 @@ _WORDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "m
 #: settings of starts, and what they are where a start has none
 _STARTS: dict[str, Any] = {"loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None}
 _ROUNDED = "would be rounded"
-_KEY = re.compile(r"'([^']*\.[^']*)'")
-
-
-class LoadResult(NamedTuple):
-    """What torch's load_state_dict returns: the keys that were missing, and those that nothing wanted."""
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -92,6 +85,15 @@ def _encoded(base: nn.Module, name: str, values: Mapping[str, Mapping[str, Tenso
         raise VeneerError(f"PEFT's files cannot hold the adapter {name!r}: {no}") from None
 
 
+def warn_unsavable(base: nn.Module, name: str) -> None:
+    """Warn as an adapter is made, and not only as it is saved, of what PEFT's files cannot hold."""
+    try:
+        _encoded(base, name, {})
+    except VeneerError as no:
+        warnings.warn(f"{no}. It can be trained; save it with veneer.save(model.get_base_model(), path, {name!r}), and "
+                      "load it with veneer.load", stacklevel=4)
+
+
 def values_by_part(model: nn.Module, state_dict: Mapping[str, Tensor] | None,
                    name: str) -> dict[str, dict[str, Tensor]]:
     """Weight → part of its adapter → tensor, out of a state dict of the whole model. Raises `ValueError` where that
@@ -121,12 +123,6 @@ def _keys(base: nn.Module, name: str, prefix: str) -> Iterator[tuple[str, str, s
             adapter = cast(nn.ModuleDict, host.adapters[owner])[param]
             if owner == name and id(adapter) in names:
                 yield names[id(adapter)], inside, ".".join(filter(None, (prefix.rstrip("."), path, part.shown)))
-    for weight, adapter in attached(base, name):
-        state = adapter.shared_state()
-        if state is not None:  # which goes with the first weight
-            for param, _ in state.named_parameters():
-                yield weight.name, f"shared.{param}", f"base_model.vblora_vector_{param}.{name}"
-            return
 
 
 def _embeddings(base: nn.Module) -> dict[str, Tensor]:
@@ -143,34 +139,30 @@ def _embeddings(base: nn.Module) -> dict[str, Tensor]:
 def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: Mapping[str, Tensor],
                               adapter_name: str = "default", ignore_mismatched_sizes: bool = False,
                               low_cpu_mem_usage: bool = False) -> LoadResult:
-    """Give the adapter the values that `get_peft_model_state_dict`, or PEFT's, gave.
+    """Give the adapter the values that `get_peft_model_state_dict`, or PEFT's, gave. What is missing keeps its value.
 
     What is missing and what nothing wants is listed in the answer. Raises `VeneerError` for tensors of another shape
-    unless `ignore_mismatched_sizes`, and where nothing fits. low_cpu_mem_usage: without effect, nothing is made twice.
+    unless `ignore_mismatched_sizes`; nothing is changed then. low_cpu_mem_usage: without effect, nothing is made twice.
     """
     base = base_of(model)
-    config = _encoded(base, adapter_name, {})[0]
+    config, own, _ = _encoded(base, adapter_name, {})
+    given = {key if key in own or PREFIX + key not in own else PREFIX + key: tensor
+             for key, tensor in peft_model_state_dict.items()}
+    wrong = [key for key, tensor in given.items() if key in own and tensor.shape != own[key].shape]
+    if wrong and not ignore_mismatched_sizes:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise VeneerError(f"set_peft_model_state_dict: wrong shape: {wrong[0]!r} is {tuple(given[wrong[0]].shape)} and "
+                          f"must be {tuple(own[wrong[0]].shape)}{more}; nothing was loaded. "
+                          "ignore_mismatched_sizes=True loads the others")
+    good = {key: tensor for key, tensor in given.items() if key not in wrong}
     tuner = tuner_of(model) or BaseTuner(base, {}, adapter_name, empty=True)
-
-    def is_wrong(problem: str) -> bool:
-        harmless = problem.startswith(("missing", "unexpected")) or _ROUNDED in problem
-        return not ignore_mismatched_sizes and not harmless
-
-    report = tuner.load_values(adapter_name, config, peft_model_state_dict, strict=is_wrong)
+    report = tuner.load_values(adapter_name, config, {**own, **good})
     for text in report.problems:
         if _ROUNDED in text:
             warnings.warn(text.replace("would be", "was"), stacklevel=2)
-    return result_of(report)
-
-
-def result_of(report: LoadReport) -> LoadResult:
-    missing = [_key(text) for text in report.problems if text.startswith("missing")]
-    return LoadResult(missing, [_key(text) for text in report.problems if text.startswith("unexpected")])
-
-
-def _key(text: str) -> str:
-    found = _KEY.findall(text)
-    return found[-1] if found else text
+    copies = file_type(config).repeated
+    return LoadResult([key for key in own if key not in given],
+                      [key for key in given if key not in own and key.rpartition(".")[2] not in copies])
 
 
 def dressed(config: PeftConfig) -> Dress:

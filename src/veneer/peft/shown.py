@@ -41,21 +41,26 @@ class Part(NamedTuple):
         return parameter
 
 
+#: what PEFT calls what adapters share and train
+_SHARED = {"bank": "vblora_vector_bank"}
+
+
 def parts(host: Host) -> Iterator[Part]:
-    """Every parameter of the adapters on a module, in their order. What many adapters share is not among them."""
+    """Every parameter of the adapters on a module, in their order. What many adapters share is with the first."""
     for name, slots in host.adapters.items():
         for param, adapter in cast(nn.ModuleDict, slots).items():
             assert isinstance(adapter, Adapter)
             for part, _ in adapter.named_parameters():
-                if not part.startswith("shared."):
-                    inside, _, attribute = part.rpartition(".")
-                    yield Part(shown_path(host, name, param, adapter, part), f"adapters.{name}.{param}.{part}",
-                               adapter.get_submodule(inside), attribute)
+                inside, _, attribute = part.rpartition(".")
+                yield Part(shown_path(host, name, param, adapter, part), f"adapters.{name}.{param}.{part}",
+                           adapter.get_submodule(inside), attribute)
 
 
 def shown_path(host: Host, name: str, param: str, adapter: Adapter, part: str) -> str:
     """Where below its module PEFT has a parameter of an adapter."""
     method = adapter.method
+    if part.startswith("shared."):
+        return f"{_SHARED[part.removeprefix('shared.')]}.{name}"
     if isinstance(method, Rows):
         return f"token_adapter.trainable_tokens_delta.{name}"
     if isinstance(method, Full):
@@ -83,9 +88,9 @@ def _depth(host: Host, name: str, param: str) -> str:
 class Looked(MutableMapping[str, Any]):
     """A module's table of parameters that are an adapter's: looked up there each time.
 
-    What is put in or taken out here is so for this table alone: tools that swap parameters for other tensors (sharding,
-    functional calls) find the adapter itself among the modules too, as the other holder of a tied parameter, and swap it
-    in both.
+    What is put in or taken out here is so for this table alone: tools that swap parameters for other tensors
+    (sharding, functional calls) find the adapter itself among the modules too, as the other holder of a tied parameter,
+    and swap it in both.
     """
 
     def __init__(self, held: Mapping[str, Part]) -> None:
@@ -122,6 +127,14 @@ class Nested(nn.Module):
 class ShownDict(nn.ModuleDict):
     """Modules by adapter name, which are shown and not kept."""
 
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self[name] = value
+        super().__setattr__(name, value)
+
     def __setitem__(self, key: str, module: nn.Module) -> None:
         raise TypeError(f"a module put here would be lost, as what a layer shows of its adapters is made anew at each "
                         f"look; assign to layer.…[{key!r}].weight, or add an adapter")
@@ -129,6 +142,9 @@ class ShownDict(nn.ModuleDict):
 
 class Factor(nn.Linear):
     """One factor of a pair, (out, in) or a batch of such. Assigning `weight` or `bias` replaces the adapter's own."""
+
+    def _get_name(self) -> str:
+        return "Linear"
 
     def __init__(self, held: Mapping[str, Part]) -> None:
         nn.Module.__init__(self)
@@ -148,6 +164,9 @@ class Factor(nn.Linear):
 class ShownParameters(nn.ParameterDict):
     """Parameters by adapter name. Assigning one replaces the adapter's own."""
 
+    def _get_name(self) -> str:
+        return "ParameterDict"
+
     def __init__(self, held: Mapping[str, Part] | None = None) -> None:
         super().__init__()
         self._keys = dict.fromkeys(held or ())
@@ -156,12 +175,16 @@ class ShownParameters(nn.ParameterDict):
     def __setitem__(self, key: str, value: Any) -> None:
         table: Any = self._parameters
         if key not in table.held:
-            raise TypeError(f"no adapter {key!r} has such a parameter here; there are: {', '.join(table.held) or 'none'}")
+            raise TypeError(f"no adapter {key!r} has such a parameter here; there are: "
+                            f"{', '.join(table.held) or 'none'}")
         table.held[key].put(value)
 
 
 class Drop(nn.Dropout):
     """The dropout of an adapter. Setting `p` sets the adapter's."""
+
+    def _get_name(self) -> str:
+        return "Dropout"
 
     def __init__(self, adapter: Adapter, training: bool) -> None:
         nn.Module.__init__(self)
@@ -199,7 +222,7 @@ def tree(host: Host) -> dict[str, nn.Module]:
         if path.startswith("modules_to_save."):
             _put(top, path, _copy(host, held))
         elif path.endswith("base_layer"):
-            nested = cast(nn.Module, top._modules.get(path) or Nested())
+            nested = top._modules.get(path) or Nested()
             nested.__dict__["_parameters"] = Looked(held)
             _put(top, path, nested)
         elif held.keys() <= {"weight", "bias"}:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from veneer.attach import attach, detach
 from veneer.attach import route as routed
-from veneer.attached import adapter_names, attached, hosts, known_names, routes, shared_states
+from veneer.attached import adapter_names, attached, hosts, known_names, routes
 from veneer.eva import replaced
 from veneer.hosts import Host
 from veneer.io.load import LoadReport, load_tensors
@@ -53,6 +53,8 @@ class BaseTuner(nn.Module):
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
         self._disabled = False
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
         self._off: list[Route] = []  # what this tuner has switched off
         configs = {adapter_name: peft_config} if isinstance(peft_config, PeftConfig) else peft_config
         if not empty:
@@ -80,11 +82,16 @@ class BaseTuner(nn.Module):
             else:
                 attach(self.model, made, name, seed, found.statistics)
         accept_base(self.model, name)
-        self._added(name, found.config, before)
+        if state_dict is None:
+            vars(config).update(vars(found.config))  # as in PEFT, the config given says what has come of it
+        self.targeted_module_names = list(found.modules)
+        self.targeted_parameter_names = list(found.parameters)
+        self._added(name, config if state_dict is None else found.config, before)
 
-    def load(self, name: str, path: str | Path, config: PeftConfig, given: PeftConfig | None = None) -> LoadReport:
+    def load(self, name: str, path: str | Path, config: PeftConfig, given: PeftConfig | None = None, *,
+             strict: bool = True, allow_pickle: bool = False) -> LoadReport:
         """Attach the adapter at a path, or give the one of this name its values. `given`: to be used instead of the
-        config in the file."""
+        config in the file. strict, allow_pickle: as for `veneer.load`."""
         self._refuse_merged("load an adapter")
         before, new = self.active_adapters, name not in self.peft_config
         if new and name in adapter_names(self.model):
@@ -94,21 +101,19 @@ class BaseTuner(nn.Module):
         if new and getattr(config, "layer_replication", None):
             override = {**plain(config.to_dict()), "layer_replication": None}
         with replicated(self.model, config if new else None):
-            report = load_adapter(self.model, path, name, allow_pickle=False, config=override)
+            report = load_adapter(self.model, path, name, strict, allow_pickle=allow_pickle, config=override)
         if new:
             self._added(name, copy.deepcopy(config), before)
         return report
 
-    def load_values(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor],
-                    strict: Callable[[str], bool]) -> LoadReport:
-        """Give an adapter the values of a state dict in PEFT's keys. strict: which problems are errors."""
-        return load_tensors(self.model, config, tensors, name, strict)
+    def load_values(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoadReport:
+        """Give an adapter the values of a state dict in PEFT's keys."""
+        return load_tensors(self.model, config, tensors, name, strict=False)
 
     def _added(self, name: str, config: PeftConfig, before: Sequence[str]) -> None:
         first = not self.peft_config
         self.peft_config[name] = config
         show_faces(self.model)
-        self._own_shared(name)
         if self._disabled:
             self._switch_off()
         if first:
@@ -117,9 +122,6 @@ class BaseTuner(nn.Module):
         else:  # nothing happens to those that are there
             set_live(self.model, before)
             self._require_grad(name, name in before and not config.inference_mode)
-
-    def _own_shared(self, name: str) -> None:
-        """For tuners whose shared parameters have a name of their own in PEFT."""
 
     def _train_active(self, inference_mode: bool) -> None:
         for name in adapter_names(self.model):
@@ -346,11 +348,3 @@ def accept_base(model: nn.Module, name: str) -> None:
             adapter.method = DoRA(plain) if isinstance(method, DoRA) else plain
             for place in weight.places:
                 cast(Host, place.module).veneer.moved.pop(place.param, None)
-
-
-def shared_parameter(model: nn.Module, name: str, attribute: str) -> nn.Parameter | None:
-    """A parameter that all weights of an adapter share."""
-    for state in shared_states(model, name):
-        if attribute in state._parameters:
-            return state._parameters[attribute]
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,11 @@ class FileType:
     def keys(self) -> Mapping[str, Any]:
         """The config keys it understands, with PEFT's defaults where a key is left out."""
         raise NotImplementedError
+
+    @property
+    def repeated(self) -> Collection[str]:
+        """Last pieces of keys under which PEFT repeats for every layer what all share."""
+        return ()
 
     def piece(self, part: str, kind: str) -> str:
         """The last piece of the key under which PEFT has a part of an adapter on a weight of this kind."""

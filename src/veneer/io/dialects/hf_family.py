@@ -93,6 +93,10 @@ class Family(FileType):
         bias = {"bias": "none"} if self.bias_only else {}
         return {**self.more_keys, **bias, **patterns, **{key: option.default for key, option in self.options.items()}}
 
+    @property
+    def repeated(self) -> Collection[str]:
+        return tuple(self.copies)
+
     def piece(self, part: str, kind: str) -> str:
         return self.parts[part]
 

@@ -4,38 +4,29 @@ from __future__ import annotations
 
 from torch import nn
 
+from veneer.attached import shared_states
 from veneer.peft.layers.family import VBLoRALayer
-from veneer.peft.tuner import BaseTuner, shared_parameter
+from veneer.peft.saving import get_peft_model_state_dict
+from veneer.peft.tuner import BaseTuner
 
 
 class VBLoRAModel(BaseTuner):
-    """PEFT's `VBLoRAModel`. vblora_vector_bank: (num_vectors, vector_length) by adapter name."""
+    """PEFT's `VBLoRAModel`."""
 
     prefix = "vblora_"
     tuner_layer_cls = VBLoRALayer
     uses_shared_state = True
 
-    def _own_shared(self, name: str) -> None:
-        bank = shared_parameter(self.model, name, "bank")
-        if bank is not None:
-            if "vblora_vector_bank" not in self._modules:
-                self.vblora_vector_bank = nn.ParameterDict()
-            self.vblora_vector_bank[name] = bank
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        del self.vblora_vector_bank[adapter_name]
-
-    def unload(self) -> nn.Module:
-        if "vblora_vector_bank" in self._modules:
-            del self.vblora_vector_bank
-        return super().unload()
+    @property
+    def vblora_vector_bank(self) -> nn.ParameterDict:
+        """The banks (num_vectors, vector_length) by adapter name. Among the model's parameters each is found in the
+        first layer that uses it."""
+        return nn.ParameterDict({name: state.bank for name in self.peft_config
+                                 for state in shared_states(self.model, name)})
 
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """Numbers in the file: of the bank and, for each sub-vector, of its top-k weights and indices; and the total
         of others."""
-        from veneer.peft.saving import get_peft_model_state_dict
-
         tensors = get_peft_model_state_dict(self, adapter_name=adapter)
         mine = sum(tensor.numel() for key, tensor in tensors.items() if "vblora_" in key)
         return mine, sum(tensor.numel() for tensor in tensors.values()) - mine
