@@ -12,7 +12,11 @@ from veneer.attached import hosts, known_names, refuse_merged, refuse_split_ties
 from veneer.hosts import Host
 from veneer.merged_values import Values, new_values, refuse_dependents
 from veneer.method import VeneerError
+from veneer.storage import packed_storage
+from veneer.storage.quantizer_flags import forget_quantizer
 from veneer.storage.requantise import Requantised, surviving
+from veneer.weights import base_modules
+from veneer.wrappers import unwrap
 
 _ALTERNATIVES = ("merge into ordinary 16-bit numbers (requantize=False), quantise those into more bits than before, or "
                  "leave the adapter beside the packed weights; at_least=… accepts a smaller share")
@@ -80,6 +84,8 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, keep: bool
         for param, value in values.items():
             host.write(param, value, keep)
         host.veneer.merged = tuple(n for n in wanted if n in host.adapters)
+    if not keep and not any(packed_storage(module) for _, module in base_modules(model)):
+        forget_quantizer(unwrap(model))
     return model
 
 

@@ -13,6 +13,7 @@ from veneer.hosts import Host
 from veneer.method import VeneerError, nearest
 from veneer.plan import Pattern, hits, no_hit
 from veneer.storage import STORAGES, Storage, packed_storage
+from veneer.storage.quantizer_flags import forget_quantizer
 from veneer.storage.recent import RECENT
 from veneer.weights import Weight, base_modules, scan
 from veneer.wrappers import unwrap
@@ -100,6 +101,7 @@ def dequantize(model: nn.Module) -> int:
     for _, module, storage in packed:
         module.__class__ = storage.unpack(module, storage.read(module))
         RECENT.forget(module)
+    forget_quantizer(unwrap(model))
     return len(packed)
 
 
@@ -141,7 +143,7 @@ def _replace(model: nn.Module, names: Sequence[str], made: nn.Module) -> None:
 def _refusal(weight: Weight, storage: Storage) -> str | None:
     place = weight.places[0]
     if weight.storage is not None:
-        return f"it is held as {weight.storage.name} already"
+        return f"it is held as {weight.held_as} already"
     if len(weight.places) > 1:
         return f"it is tied ({', '.join(repr(p.names[0]) for p in weight.places)})"
     if type(place.module) is not nn.Linear or place.param != "weight":

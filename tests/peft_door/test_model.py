@@ -405,6 +405,9 @@ def test_replicated_layers_are_saved_and_loaded(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text())["layer_replication"] == [[0, 2], [1, 3]]
     read = PeftModel.from_pretrained(nets.decoder(), tmp_path)
     assert torch.equal(output(read), output(made))
+    shaken(read)
+    read.load_adapter(tmp_path, "default")
+    assert torch.equal(output(read), output(made))
     peft = pytest.importorskip("peft")
     theirs = peft.PeftModel.from_pretrained(nets.decoder(), tmp_path).eval()
     assert torch.allclose(output(theirs), output(made), atol=1e-5)

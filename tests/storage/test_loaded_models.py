@@ -62,6 +62,14 @@ def test_a_model_loaded_quantised(config, storage: str, tmp_path) -> None:
     assert {m.weight.dtype for m in model.modules() if type(m) is torch.nn.Linear} == {torch.bfloat16}
     dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
     veneer.load(dense, tmp_path / "adapter")
+    # transformers takes it for an ordinary model again
+    assert not getattr(model, "is_quantized", False)
+    assert "quantization_config" not in model.config.to_dict()
+    model.to(torch.float16).to(torch.bfloat16).save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=ids).logits, merged, atol=0.05)
+
 
 
 def test_import_brings_no_library_of_a_storage() -> None:

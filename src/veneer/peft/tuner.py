@@ -23,7 +23,7 @@ from veneer.io.load import load as load_adapter
 from veneer.merge import merge, unmerge
 from veneer.method import VeneerError
 from veneer.methods import DoRA, LoRA
-from veneer.peft.config import PeftConfig, plain
+from veneer.peft.config import CONFIG_NAME, PeftConfig, plain
 from veneer.peft.dtypes import cast_adapter_dtype, settle_new
 from veneer.peft.layers.base import BaseTunerLayer, require_grad, set_live
 from veneer.peft.layers.faces import show_faces
@@ -31,7 +31,8 @@ from veneer.peft.replicate import replicated
 from veneer.peft.translate import translate
 from veneer.plan import resolve
 from veneer.route import Route
-from veneer.weights import scan
+from veneer.storage import packed_storage
+from veneer.weights import base_modules, scan
 
 
 class BaseTuner(nn.Module):
@@ -98,8 +99,9 @@ class BaseTuner(nn.Module):
             raise ValueError(f"this model has an adapter {name!r} already, of another PeftModel; unload() that, or "
                              "give this one another adapter_name")
         override = None if given is None else plain(given.to_dict())
-        if new and getattr(config, "layer_replication", None):
-            override = {**plain(config.to_dict()), "layer_replication": None}
+        if getattr(config, "layer_replication", None):
+            override = override or PeftConfig.from_json_file(Path(path) / CONFIG_NAME)
+            override = {**override, "layer_replication": None}  # which has been done
         with replicated(self.model, config if new else None):
             report = load_adapter(self.model, path, name, strict, allow_pickle=allow_pickle, config=override)
         if new:
@@ -238,7 +240,12 @@ class BaseTuner(nn.Module):
         wanted = self._to_merge(adapter_names)
         if wanted:
             self._merge(wanted, keep=False)
-        return self.unload()
+        base = self.unload()
+        left = [name for name, module in base_modules(base) if packed_storage(module) is not None]
+        if left and wanted:
+            warnings.warn(f"{left[0]!r} and {len(left) - 1} other layers had no adapter and are still quantised; "
+                          "before save_pretrained make ordinary ones of them, veneer.dequantize(model)", stacklevel=3)
+        return base
 
     def _to_merge(self, names: Sequence[str] | None) -> list[str]:
         """What is merged already and the active adapters, or these. Raises `ValueError` for unknown names, and where
