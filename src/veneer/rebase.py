@@ -39,7 +39,7 @@ def prepare(entry: PlanEntry, base: NewBase) -> Rewrite:
     if storage is not None:
         if not storage.takes(weight.places[0].module, base.packed):
             raise VeneerError(f"attach: the start of {entry.method} rewrites the base weight, and {entry.name!r} is "
-                              f"held as {storage.name} already, which would round what it writes. Load the model in "
+                              f"held as {weight.held_as} already, which would round what it writes. Load the model in "
                               "ordinary numbers, or attach with a plain start and then use "
                               "veneer.replace_lora_weights_loftq(model, originals)")
         return Rewrite(weight, base.packed)

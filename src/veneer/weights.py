@@ -64,6 +64,12 @@ class Weight:
         return self.places[0].storage
 
     @property
+    def held_as(self) -> str:
+        """How a packed weight is held ("nf4", say); empty for an ordinary one."""
+        storage = self.storage
+        return "" if storage is None else storage.held_as(self.places[0].module)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the weight is read as."""
         storage = self.storage

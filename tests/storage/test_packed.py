@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import weakref
 
 import pytest
@@ -14,9 +15,11 @@ from torch import nn
 
 import veneer
 from veneer import DoRA, Full, LoHa, LoKr, LoRA, RandLoRA, VBLoRA, VeRA
+from veneer.io.fingerprint import Fingerprint, compare, fingerprint, held_otherwise
 from veneer.method import VeneerError
 from veneer.storage.packed import PackedLinear
 from veneer.storage.recent import RECENT, keep_dense
+from veneer.weights import scan
 
 METHODS = {
     "lora": LoRA(rank=4), "dropout": LoRA(rank=4, dropout=0.3), "bias": LoRA(rank=4, bias=True),
@@ -41,10 +44,10 @@ def net(dtype: torch.dtype = torch.float32) -> Net:
     return Net().to(dtype)
 
 
-def packed_and_dense(dtype: torch.dtype = torch.float32) -> tuple[Net, Net]:
+def packed_and_dense(dtype: torch.dtype = torch.float32, scheme: str = "nf4") -> tuple[Net, Net]:
     """A packed net, and a dense one that holds what the packed one is read as."""
     packed, dense = net(dtype), net(dtype)
-    veneer.quantize(packed, "nf4")
+    veneer.quantize(packed, scheme)
     for name in ("up", "down"):
         getattr(dense, name).weight.data = getattr(packed, name).read()
     return packed, dense
@@ -328,7 +331,7 @@ def test_a_start_that_rewrites_a_weight_which_is_packed_already() -> None:
     model, _ = packed_and_dense()
     before = model.up.read()
     for method in (LoRA(rank=2, init="pissa", residual="base"), LoRA(rank=2, init={"init": "loftq", "bits": 2})):
-        with pytest.raises(VeneerError, match="'up' is held as nf2, nf4, nf8 already, which would round"):
+        with pytest.raises(VeneerError, match="'up' is held as nf4 already, which would round"):
             veneer.attach(model, {"up": method})
     assert torch.equal(model.up.read(), before)
     assert type(model.up) is PackedLinear
@@ -339,7 +342,35 @@ def test_loading_says_when_the_base_is_held_in_other_bits(tmp_path) -> None:
     veneer.attach(packed, LoRA(rank=4))
     veneer.save(packed, tmp_path)
     report = veneer.load(dense, tmp_path)
-    text = "'up' and 1 more was held as nf2, nf4, nf8 as float32 when this adapter was trained and is float32 here"
+    text = ("2 base weights ('up' is one) were held as nf4 (read as float32) when this adapter was trained and are "
+            "held as float32 here. ")
     assert [note for note in report.notes if text in note]
     again, _ = packed_and_dense()
     assert not veneer.load(again, tmp_path).notes
+    veneer.detach(dense)
+    eight, _ = packed_and_dense(scheme="nf8")
+    veneer.attach(dense, {"up": LoRA(rank=4)})
+    veneer.save(dense, tmp_path / "one")
+    report = veneer.load(eight, tmp_path / "one")
+    text = ("the base weight 'up' was held as float32 when this adapter was trained and is held as nf8 (read as "
+            "float32) here. ")
+    assert [note for note in report.notes if text in note]
+
+
+@pytest.mark.parametrize(("scheme", "then", "alike"), [
+    ("nf4", "nf4", True), ("nf4", "nf2, nf4, nf8", True), ("nf8", "nf2, nf4, nf8", True), ("nf8", "nf4", False),
+    ("nf4", "hqq", False)])
+def test_the_fingerprint_names_how_a_weight_is_held(scheme: str, then: str, alike: bool) -> None:
+    """Adapters of before had one name for all normal floats, and fit what is held in any of them."""
+    model, _ = packed_and_dense(scheme=scheme)
+    weights = scan(model)
+    print_ = fingerprint(weights, {})
+    assert {sample.dtype for sample in print_.samples.values()} >= {f"{scheme} as float32"}
+    plain = json.loads(json.dumps(print_.to_dict()).replace(f"{scheme} as ", f"{then} as "))
+    saved = Fingerprint.from_dict(plain)
+    assert (held_otherwise(saved, weights) is None) == alike
+    name = next(name for name, sample in saved.samples.items() if sample.packed)
+    values = saved.samples[name].values
+    assert values is not None
+    values += values.abs().max() / 100  # near enough for what is held otherwise
+    assert (compare(saved, weights) != []) == alike

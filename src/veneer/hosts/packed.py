@@ -131,10 +131,10 @@ class PackedHost(LinearHost):
     def explain_terms(self, terms: Sequence[Term]) -> tuple[str, str]:
         storage = self.storage
         if storage.own_forward:
-            return "beside", f"the layer's own forward over {storage.name}, and two small layers beside it"
+            return "beside", f"the layer's own forward over {storage.held_as(self)}, and two small layers beside it"
         op, why = ops.choose(None, torch.empty(0, dtype=storage.dtype(self)), terms, packed=True)
-        return op, (f"{why}; the weight ({storage.name}) is read for each product; without gradients the layer's own "
-                    "forward, and two small layers beside it")
+        return op, (f"{why}; the weight ({storage.held_as(self)}) is read for each product; without gradients the "
+                    "layer's own forward, and two small layers beside it")
 
     # -- merging ----------------------------------------------------------------------------------------
     def requantised(self, param: str, adapters: Sequence[Adapter]) -> Requantised | None:
@@ -204,10 +204,10 @@ class PackedHost(LinearHost):
         if self.veneer.dense is not None:
             merged = ", ".join(map(repr, self.veneer.merged))
             raise VeneerError(
-                f"state_dict: {merged} is merged into layers whose packed weight ({self.storage.name}) was kept, and "
-                "that is what would be written, without the adapter. Merge for good, veneer.merge(model, keep=False), "
-                "to write the merged model; veneer.unmerge(model) first to write the base; or veneer.save, which "
-                "writes the adapter alone")
+                f"state_dict: {merged} is merged into layers whose packed weight ({self.storage.held_as(self)}) was "
+                "kept, and that is what would be written, without the adapter. Merge for good, veneer.merge(model, "
+                "keep=False), to write the merged model; veneer.unmerge(model) first to write the base; or "
+                "veneer.save, which writes the adapter alone")
         found = super().state_dict(*args, **kwargs)
         if own_class(self).state_dict is not nn.Module.state_dict:  # that of a library, which leaves its children out
             into = found if kwargs.get("destination") is None else kwargs["destination"]

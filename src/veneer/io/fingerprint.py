@@ -33,6 +33,8 @@ from veneer.weights import Weight, moved, original
 _TOTAL, _LEAST, _MOST = 4096, 8, 256
 #: cosine between samples of one weight held in two ways: 4 bits give 0.99, 2 bits 0.9, another model about 0
 _ALIKE = 0.7
+#: what every normal float was called in adapters that were saved before each had its own name
+_ANY_NORMAL_FLOAT = "nf2, nf4, nf8"
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,19 @@ class Sample:
 
     @property
     def packed(self) -> str:
-        """The storage of a packed weight; empty for ordinary numbers. `dtype` is "nf4 as bfloat16" for a packed one."""
+        """How a packed weight is held; empty for ordinary numbers. `dtype` is "nf4 as bfloat16" for a packed one."""
         return self.dtype.rpartition(" as ")[0]
+
+    def held_like(self, now: Sample) -> bool:
+        """Whether this saved sample's weight was held as another one's is now."""
+        if self.packed == _ANY_NORMAL_FLOAT:
+            return now.packed in _ANY_NORMAL_FLOAT.split(", ")
+        return self.packed == now.packed
+
+    def held(self) -> str:
+        """For a reader: "nf4 (read as bfloat16)", or "bfloat16"."""
+        packed, _, dtype = self.dtype.rpartition(" as ")
+        return f"{packed.replace(', nf8', ' or nf8')} (read as {dtype})" if packed else dtype
 
 
 @dataclass
@@ -114,10 +127,10 @@ def begun_elsewhere(saved: Fingerprint, weights: list[Weight]) -> list[str]:
         now = _sample(weight, saved.count, saved.rows.get(weight.name, ()), False)
         made, here = saved.rewritten.get(weight.name), _sample(weight, saved.count, (), False)
         is_made = made is not None and made.values is not None and same_values(made.values, here.values)
-        if now.packed != then.packed and not is_made and not same_values(then.values, now.values):
-            out.append(f"{weight.name!r} is held as {now.dtype} here and was {then.dtype} when its adapter was started "
-                       "from it; the start must be run again, and from other numbers it gives another adapter. Load "
-                       "the base model as it was")
+        if not then.held_like(now) and not is_made and not same_values(then.values, now.values):
+            out.append(f"{weight.name!r} is held as {now.held()} here and was held as {then.held()} when its adapter "
+                       "was started from it; the start must be run again, and from other numbers it gives another "
+                       "adapter. Load the base model as it was")
     return out
 
 
@@ -146,14 +159,15 @@ def held_otherwise(saved: Fingerprint, weights: list[Weight]) -> str | None:
         then = saved.samples.get(weight.name)
         if then is not None and then.values is not None:
             now = _sample(weight, saved.count, saved.rows.get(weight.name, ()), False)
-            if now.values is not None and now.packed != then.packed:
+            if now.values is not None and not then.held_like(now):
                 other.append((weight.name, then, now))
     if not other:
         return None
     name, then, now = other[0]
-    more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-    return (f"{name!r}{more} was held as {then.dtype} when this adapter was trained and is {now.dtype} here: it made "
-            "up for rounding that is another here, so what the model gives will differ a little")
+    who, was, is_ = (f"the base weight {name!r}", "was", "is") if len(other) == 1 else \
+        (f"{len(other)} base weights ({name!r} is one)", "were", "are")
+    return (f"{who} {was} held as {then.held()} when this adapter was trained and {is_} held as {now.held()} here. "
+            "The adapter learned to make up for the rounding of that time, so the model's answers will differ a little")
 
 
 def sample(weight: Weight) -> Sample:
@@ -181,7 +195,7 @@ def _fewer(wide: Sample, count: int, but_rows: tuple[int, ...], skip: bool) -> S
 @torch.no_grad()
 def _present(weight: Weight, count: int, but_rows: tuple[int, ...], skip: bool) -> Sample:
     shape, dtype = weight.layout.native, str(weight.dtype).removeprefix("torch.")
-    dtype = dtype if weight.storage is None else f"{weight.storage.name} as {dtype}"
+    dtype = dtype if weight.storage is None else f"{weight.held_as} as {dtype}"
     packed_apart = weight.storage is not None and is_sharded(weight.tensor)  # codes without their scales: unreadable
     tensor = None if skip or packed_apart else original(weight)
     if tensor is None or tensor.is_meta or not tensor.numel() or is_sharded(tensor):
@@ -208,7 +222,7 @@ def _same(then: Sample, now: Sample) -> bool:
     more can be asked than that the numbers lie close together."""
     if then.values is None or now.values is None:
         return True
-    if then.packed == now.packed:
+    if then.held_like(now):
         return same_values(then.values, now.values)
     a, b = then.values.double(), now.values.double()
     return bool(a @ b >= _ALIKE * a.norm() * b.norm())

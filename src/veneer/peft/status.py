@@ -100,7 +100,7 @@ def _status(name: str, host: Host) -> TunerLayerStatus:
         requires_grad={each: _agreed(p.requires_grad for p in found) for each, found in params.items() if found},
         available_adapters=sorted(host.adapters),
         devices={each: sorted({p.device.type for p in found}) for each, found in params.items() if found},
-        quantization_backend=None if storage is None else _BACKENDS.get(storage.name, storage.name))
+        quantization_backend=None if storage is None else _BACKENDS.get(storage.name, storage.held_as(host)))
 
 
 def _kind(host: Host) -> str:

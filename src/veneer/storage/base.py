@@ -58,6 +58,10 @@ class Storage:
         """Why this one cannot be adapted although it is of this kind, or None."""
         return None
 
+    def held_as(self, module: nn.Module) -> str:
+        """How this module's weight is held, in a word or two, where one storage has several ways; `name` elsewhere."""
+        return self.name
+
     def size(self, module: nn.Module) -> tuple[int, int]:
         """(out, in)."""
         raise NotImplementedError

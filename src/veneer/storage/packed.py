@@ -99,6 +99,9 @@ class Packed(Storage):
     def claims(self, module: nn.Module) -> bool:
         return isinstance(module, PackedLinear)
 
+    def held_as(self, module: Any) -> str:
+        return _name(module.packed_bits)
+
     def size(self, module: Any) -> tuple[int, int]:
         return module.out_features, module.in_features
 
