@@ -3,7 +3,7 @@
 `__version__` is that of the PEFT whose interface this is, for scripts that ask; Veneer's own is `veneer.__version__`.
 """
 
-from typing import NoReturn
+from types import ModuleType
 
 from veneer.method import nearest
 from veneer.peft.auto import (
@@ -46,6 +46,7 @@ from veneer.peft.mixed_model import PeftMixedModel
 from veneer.peft.model import PeftModel
 from veneer.peft.outside import OUTSIDE
 from veneer.peft.status import get_layer_status, get_model_status
+from veneer.peft.submodules import lazily
 from veneer.peft.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -150,10 +151,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> NoReturn:
+_SUBMODULES = ("functional", "helpers", "import_utils", "mapping_func", "optimizers", "peft_model")
+_submodule = lazily(__name__, *_SUBMODULES)
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return _submodule(name)
     if name in OUTSIDE:
-        # Not AttributeError, out of which `from veneer.peft import …` makes a message of its own.
-        raise ImportError(f"veneer.peft has no {name}: Veneer has the LoRA family (LoRA, DoRA, AdaLoRA, LoHa, LoKr, "
-                          "VeRA, VB-LoRA, RandLoRA); for PEFT's other methods use the original, `from peft import "
-                          f"{name}`")
+        raise AttributeError(f"veneer.peft has no {name}: Veneer has the LoRA family (LoRA, DoRA, AdaLoRA, LoHa, LoKr, "
+                             "VeRA, VB-LoRA, RandLoRA); for PEFT's other methods use the original, `from peft import "
+                             f"{name}`")
     raise AttributeError(f"module 'veneer.peft' has no attribute {name!r}{nearest(name, __all__)}")

@@ -9,6 +9,7 @@ from torch import nn
 from veneer.attached import hosts
 from veneer.hosts import Host
 from veneer.hosts.attention import AttentionHost, OutProjHost
+from veneer.hosts.packed import PackedHost
 from veneer.hosts.parameter import ParameterHost
 from veneer.hosts.swap import show
 from veneer.method import Adapter, Method
@@ -18,10 +19,15 @@ from veneer.peft.layers.adalora import SVDLinear
 from veneer.peft.layers.base import BaseTunerLayer
 from veneer.peft.layers.family import LoHaLayer, LoKrLayer, RandLoraLayer, VBLoRALayer, VeraLayer
 from veneer.peft.layers.whole import ModulesToSaveWrapper, TrainableTokensWrapper
+from veneer.storage import Storage, packed_storage
+from veneer.storage.bitsandbytes_4bit import BitsAndBytes4Bit
+from veneer.storage.bitsandbytes_8bit import BitsAndBytes8Bit
 
 _OF_METHOD: dict[type[Method], type[BaseTunerLayer]] = {
     AdaLoRA: SVDLinear, LoHa: LoHaLayer, LoKr: LoKrLayer, VeRA: VeraLayer, VBLoRA: VBLoRALayer,
     RandLoRA: RandLoraLayer}
+_OF_STORAGE: dict[type[Storage], type[BaseTunerLayer]] = {BitsAndBytes4Bit: lora.Linear4bit,
+                                                          BitsAndBytes8Bit: lora.Linear8bitLt}
 _CONV = {1: lora.Conv1d, 2: lora.Conv2d, 3: lora.Conv3d}
 
 
@@ -58,6 +64,8 @@ def _lora_face(host: Host, param: str) -> type[BaseTunerLayer]:
     shape = host.veneer.layouts[param].shape
     if isinstance(host, (AttentionHost, OutProjHost)):
         return lora.MultiheadAttention
+    if isinstance(host, PackedHost):
+        return next((face for kind, face in _OF_STORAGE.items() if isinstance(packed_storage(host), kind)), lora.Linear)
     if shape.lookup:
         return lora.Embedding
     if shape.kernel:

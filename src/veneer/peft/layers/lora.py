@@ -159,6 +159,14 @@ class Linear(LoraLayer):
     """Over a linear layer, transformers' `Conv1D`, or a packed one."""
 
 
+class Linear4bit(Linear):
+    """Over bitsandbytes' `Linear4bit`."""
+
+
+class Linear8bitLt(Linear):
+    """Over bitsandbytes' `Linear8bitLt`."""
+
+
 class Embedding(LoraLayer):
     """Over an embedding."""
 

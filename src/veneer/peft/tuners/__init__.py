@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from veneer.peft.config import config_class
+from veneer.peft.submodules import lazily
 from veneer.peft.tuner import BaseTuner
 from veneer.peft.tuners.adalora import AdaLoraConfig, AdaLoraModel
 from veneer.peft.tuners.loha import LoHaConfig, LoHaModel
@@ -35,6 +36,8 @@ __all__ = ["PEFT_TYPE_TO_TUNER_MAPPING", "AdaLoraConfig", "AdaLoraModel", "Corda
            "LoraRuntimeConfig", "MixedModel", "RandLoraConfig", "RandLoraModel", "VBLoRAConfig", "VBLoRAModel",
            "VeraConfig", "VeraModel", "convert_to_lora", "get_eva_state_dict", "initialize_lora_eva_weights",
            "preprocess_corda", "preprocess_loraga", "save_as_lora", "tuner_class"]
+
+__getattr__ = lazily(__name__, "lycoris_utils", "tuners_utils")
 
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {
     PeftType.LORA: LoraModel, PeftType.ADALORA: AdaLoraModel, PeftType.LOHA: LoHaModel, PeftType.LOKR: LoKrModel,

@@ -2,6 +2,7 @@
 
 from veneer.peft.errors import NoMatchingPeftModuleError, PeftError, PeftWarning
 from veneer.peft.saving import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from veneer.peft.submodules import lazily
 from veneer.peft.types import PeftType, TaskType
 from veneer.peft.utils.loftq_utils import replace_lora_weights_loftq
 from veneer.peft.utils.other import (
@@ -19,7 +20,9 @@ from veneer.peft.utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
+    _get_submodules,
     cast_mixed_precision_params,
+    id_tensor_storage,
     infer_device,
     prepare_model_for_kbit_training,
     shift_tokens_right,
@@ -47,9 +50,11 @@ __all__ = [
     "PeftWarning",
     "TaskType",
     "TrainableTokensWrapper",
+    "_get_submodules",
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
+    "id_tensor_storage",
     "infer_device",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
@@ -59,3 +64,5 @@ __all__ = [
     "shift_tokens_right",
     "transpose",
 ]
+
+__getattr__ = lazily(__name__, "hotswap", "integrations", "peft_types")

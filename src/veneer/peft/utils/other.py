@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.hosts import Host
 from veneer.kbit import prepare_for_kbit_training
-from veneer.method import VeneerError
+from veneer.method import VeneerError, nearest
 from veneer.peft.layers.whole import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from veneer.peft.utils.constants import (
     CONFIG_NAME,
@@ -26,6 +28,7 @@ from veneer.peft.utils.constants import (
     WEIGHTS_NAME,
 )
 from veneer.storage import packed_storage
+from veneer.storage.base import own_class
 from veneer.weights import base_modules
 from veneer.wrappers import unwrap
 
@@ -36,8 +39,8 @@ __all__ = ["CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "SAFETENSORS_WEIGHT
            "TRANSFORMERS_MODELS_TO_RANDLORA_TARGET_MODULES_MAPPING",
            "TRANSFORMERS_MODELS_TO_VBLORA_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING",
            "WEIGHTS_NAME", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper", "TrainableTokensWrapper",
-           "cast_mixed_precision_params", "infer_device", "prepare_model_for_kbit_training", "shift_tokens_right",
-           "transpose"]
+           "cast_mixed_precision_params", "fsdp_auto_wrap_policy", "id_tensor_storage", "infer_device",
+           "prepare_model_for_kbit_training", "shift_tokens_right", "transpose"]
 
 
 def prepare_model_for_kbit_training(model: nn.Module, use_gradient_checkpointing: bool = True,
@@ -99,3 +102,46 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token
     start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
     shifted = torch.cat([start, input_ids[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+# -- what scripts that shard or walk a model use --------------------------------------------------------------
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+    """A policy for torch's `FullyShardedDataParallel(model, auto_wrap_policy=…, use_orig_params=True)`: a unit for each
+    block, which is a class in the model's own `_no_split_modules` or, where that is set, in the environment variable
+    FSDP_TRANSFORMER_CLS_TO_WRAP (names with commas between them).
+
+    The policy takes (module, recurse, nonwrapped_numel) and returns a bool. A block has frozen and trained parameters,
+    so that `use_orig_params=True` is needed; PEFT's policy also makes units of single trained layers, for training
+    without it. Methods that share trained state (AdaLoRA, VB-LoRA) cannot be sharded. Raises `TypeError` where the
+    model has no module of such a class.
+    """
+    variable = "FSDP_TRANSFORMER_CLS_TO_WRAP"
+    given = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
+    names = given or list(getattr(model, "_no_split_modules", None) or ())
+    classes = {own_class(module).__name__: own_class(module) for module in model.modules()}
+    found = {classes[name] for name in names if name in classes}
+    missing = [name for name in given if name not in classes]
+    if missing or not found:
+        why = (f"{variable} names {missing[0]!r}, which no module of the model is{nearest(missing[0], classes)}"
+               if missing else f"its _no_split_modules is {names or None}; name the class of its blocks in the "
+                               f"environment variable {variable}")
+        raise TypeError(f"Could not find the transformer layer class to wrap in the model: {why}")
+    blocks = tuple(found)
+
+    def policy(module: nn.Module, recurse: bool, nonwrapped_numel: int = 0) -> bool:
+        # Nothing below a layer with adapters is wrapped: what it shows there is made anew at each look.
+        return not isinstance(module, Host) if recurse else isinstance(module, blocks)
+
+    return policy
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """What two tensors over the same memory have in common: device, address and size of the storage in bytes."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """The module above, the module itself and the last part of its name; for scripts that replace modules."""
+    above, _, name = key.rpartition(".")
+    return model.get_submodule(above), model.get_submodule(key), name

@@ -2,6 +2,9 @@
 
 from veneer.peft.family_configs import LoHaConfig
 from veneer.peft.layers.family import LoHaLayer
+from veneer.peft.submodules import lazily
 from veneer.peft.tuners.loha.model import LoHaModel
 
 __all__ = ["LoHaConfig", "LoHaLayer", "LoHaModel"]
+
+__getattr__ = lazily(__name__, "config", "layer")

@@ -2,6 +2,9 @@
 
 from veneer.peft.family_configs import LoKrConfig
 from veneer.peft.layers.family import LoKrLayer
+from veneer.peft.submodules import lazily
 from veneer.peft.tuners.lokr.model import LoKrModel
 
 __all__ = ["LoKrConfig", "LoKrLayer", "LoKrModel"]
+
+__getattr__ = lazily(__name__, "config", "layer")
