@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from convert_helpers import (
+    BOTH,
     as_others_would,
     assert_equal,
     at,
@@ -24,6 +26,7 @@ import veneer
 from veneer import DoRA, Full, LoHa, LoRA, VeRA, convert_file
 from veneer.formats.content import FORMATS, META_MODELOPT
 from veneer.formats.read import MODELOPT_STATE, NEMO_SETTINGS
+from veneer.method import VeneerError
 from veneer.train.cli import main
 
 MIXED_RULES = {"block.0": LoRA(rank=2), "head": LoRA(rank=3)}
@@ -196,12 +199,88 @@ def test_several_adapters_and_layers_that_are_off(tmp_path):
     for name in ("one", "two"):
         modelopt.update_model(model, {"adapter_name": name})
     modelopt.save(model, tmp_path / "m")
-    refused(tmp_path / "m", tmp_path / "p", "peft", r"has 2 adapters \(one, two\)")
+    refused(tmp_path / "m", tmp_path / "p", "peft", r"has 2 adapters \(one, two\).*name= \(--name\) says which")
     convert_file(tmp_path / "m" / "one", tmp_path / "p", "native")
     single = modelopt.update_model(fresh("mixed"), {"adapter_name": "one"})
     modelopt.disable_adapters(single, "head")
     modelopt.save(single, tmp_path / "s")
     refused(tmp_path / "s", tmp_path / "q", "peft", r"'one' is off in 1 layers \('head'\)")
+
+
+def two_adapters(tmp_path: Path) -> Path:
+    """A directory of ModelOpt's with the adapters "one", of rank 1, and "two", of rank 2."""
+    from veneer import modelopt
+
+    model = fresh("mixed")
+    for rank, name in ((1, "one"), (2, "two")):
+        layers = {"*": {"enable": False}, "block*": {"enable": True, "rank": rank}}
+        modelopt.update_model(model, {"adapter_name": name, "adapter_cfg": layers})
+    modelopt.save(model, tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_the_name_says_which_adapter_is_read(tmp_path, capsys):
+    source = two_adapters(tmp_path)
+    for rank, name in ((1, "one"), (2, "two")):
+        assert main(["convert", str(source), str(tmp_path / name), "--to", "native", "--name", name]) == 0
+        assert {record.method.rank for record in content(tmp_path / name).records} == {rank}
+        convert_file(source, tmp_path / f"m-{name}", "modelopt", name=name)  # where it keeps its name
+        assert names_in(tmp_path / f"m-{name}") == [name]
+        assert {record.method.rank for record in content(tmp_path / f"m-{name}").records} == {rank}
+    says = r"there is no adapter 'tow' \(name=, --name\): .* has 2 adapters \(one, two\); did you mean 'two'"
+    for form in ("native", "modelopt"):
+        refused(source, tmp_path / "x", form, says, name="tow")
+    refused(tmp_path / "m-one", tmp_path / "x", "native", "there is no adapter 'two'.*has 1 adapters", name="two")
+    convert_file(tmp_path / "m-one", tmp_path / "new", "modelopt", name="three")  # a new name for the only one
+    assert names_in(tmp_path / "new") == ["three"]
+
+
+def test_info_and_load_know_a_directory_of_modelopts(tmp_path, capsys):
+    source = two_adapters(tmp_path)
+    says = (f"{source} is in ModelOpt's format (modelopt_state.json), with its adapters in directories of their own "
+            f"(one, two): give the directory of one of them, such as {source / 'one'}. Or convert it: `veneer convert "
+            f"{source} DIRECTORY --to peft --name one`. veneer.modelopt.restore reads it as it is")
+    for ask in (veneer.info, lambda path: veneer.load(fresh("mixed"), path)):
+        with pytest.raises(VeneerError) as caught:
+            ask(source)
+        assert str(caught.value) == says
+    assert main(["info", str(source)]) == 2
+    assert says in capsys.readouterr().err
+    assert veneer.info(source / "one").adapters[0].weights == 2
+    shutil.rmtree(source / "one")
+    with pytest.raises(VeneerError, match=r"\(two\): .* --to peft`\. "):
+        veneer.info(source)
+    shutil.rmtree(source / "two")
+    with pytest.raises(VeneerError, match=r"\(none\): it has none"):
+        veneer.info(source)
+
+
+@pytest.mark.parametrize(("case", "to"), [
+    *((case, to) for case in ("adalora", "vera", "vblora", "randlora")
+      for to in ("kohya", "lycoris", "nemo", "modelopt")),
+    *((case, to) for case in ("loha", "lokr") for to in ("kohya", "nemo", "modelopt"))])
+def test_the_way_out_for_methods_that_a_format_does_not_have(tmp_path, case, to):
+    source, model = saved(tmp_path, BOTH[case][0])
+    (tmp_path / "out").mkdir()
+    says = r"'block.0' has .*\(veneer\.to_lora\(model\) makes plain LoRA of it"
+    refused(source, at(tmp_path / "out", to, "x"), to, says)
+    veneer.to_lora(model, 2)
+    veneer.save(model, tmp_path / "lora")
+    convert_file(tmp_path / "lora", at(tmp_path / "out", to, "x"), to)
+
+
+def test_the_way_out_for_lengths(tmp_path):
+    source, model = saved(tmp_path, {"block.0": DoRA(LoRA(rank=2))})
+    for to in ("kohya", "modelopt"):
+        refused(source, at(tmp_path, to, "x"), to, r"\(veneer\.to_lora\(model, extract=True\) makes plain LoRA of it")
+    veneer.to_lora(model, 3, extract=True)
+    veneer.save(model, tmp_path / "lora")
+    convert_file(tmp_path / "lora", tmp_path / "x.safetensors", "kohya")
+    (tmp_path / "full").mkdir()
+    source, _ = saved(tmp_path / "full", {"block.0": LoRA(rank=2), "head": Full()})
+    with pytest.raises(VeneerError, match="'head' has Full") as caught:
+        convert_file(source, tmp_path / "y.safetensors", "lycoris")
+    assert "to_lora" not in str(caught.value)
 
 
 # -- names in a directory of ModelOpt's -----------------------------------------------------------------------

@@ -11,6 +11,7 @@ from convert_helpers import (
     Bare,
     as_others_would,
     assert_same_tensors,
+    at,
     content,
     refused,
     saved,
@@ -23,6 +24,7 @@ from torch import nn
 import veneer
 from veneer import DoRA, Full, LoHa, LoKr, LoRA, convert_file
 from veneer.formats.read import detect
+from veneer.train.cli import main
 
 FOREIGN = ["patterns", "rslora", "convs", "bf16", "dora", "dora_conv", "embedding", "lora_bias", "loha",
            "loha_effective", "lokr", "lokr_whole", "lokr_both", "adalora", "rows"]
@@ -229,7 +231,7 @@ def test_the_prefix_of_names(tmp_path):
             convert_file(source, target, form, prefix=prefix)
             assert {key.partition(".")[0] for key in load_file(target)} == {f"{prefix or usual}_to_q"}
     foreign = stripped(tmp_path / "kohyamine.safetensors", tmp_path / "f.safetensors")
-    says = "prefixes looked for: lora_unet, (?s:.)*'mine_to_q' is no module"
+    says = "such as 'mine_to_q', end like modules of .*prefixes looked for: lora_unet, .*; 'mine' would fit"
     refused(foreign, tmp_path / "p", "peft", says, base=Bare())
     convert_file(foreign, tmp_path / "p", "peft", Bare(), prefix="mine")
     assert [record.name for record in content(tmp_path / "p").records] == ["to_q"]
@@ -293,11 +295,113 @@ def test_files_that_are_not_whole_or_of_something_else(tmp_path, change, says):
     refused(broken(tmp_path, change), tmp_path / "n", "native", says, base=Bare())
 
 
-def test_no_alpha_means_the_rank(tmp_path):
-    convert_file(broken(tmp_path, {"lycoris_to_q.alpha": None}), tmp_path / "n", "native", Bare())
+def test_no_alpha_means_the_rank_and_is_noted(tmp_path):
+    report = convert_file(broken(tmp_path, {"lycoris_to_q.alpha": None}), tmp_path / "n", "native", Bare())
     assert [record.method.scale for record in content(tmp_path / "n").records] == [1]
-    convert_file(broken(tmp_path, {"lycoris_to_q.alpha": 3.0}, "c.safetensors"), tmp_path / "m", "native", Bare())
+    assert report.notes == ("1 of 1 modules ('lycoris_to_q') have no alpha in the file: it was taken for the rank, a "
+                            "scale of 1, as kohya's scripts and LyCORIS take it",)
+    file = broken(tmp_path, {"lycoris_to_q.alpha": 3.0}, "c.safetensors")
+    report = convert_file(file, tmp_path / "m", "native", Bare())
     assert [record.method.scale for record in content(tmp_path / "m").records] == [1.5]
+    assert report.notes == ()
+
+
+def test_a_lokr_of_two_whole_factors_needs_no_alpha(tmp_path):
+    source, _ = saved(tmp_path, {"to_q": LoKr(rank=99)}, Bare())
+    convert_file(source, tmp_path / "l.safetensors", "lycoris")
+    tensors = {key: tensor for key, tensor in load_file(tmp_path / "l.safetensors").items() if "alpha" not in key}
+    save_file(tensors, tmp_path / "f.safetensors")
+    assert convert_file(tmp_path / "f.safetensors", tmp_path / "n", "native", Bare()).notes == ()
+
+
+def test_one_changed_byte_is_damage(tmp_path):
+    source, _ = saved(tmp_path, {"to_q": LoRA(rank=2)}, Bare())
+    convert_file(source, tmp_path / "k.safetensors", "kohya")
+    data = bytearray((tmp_path / "k.safetensors").read_bytes())
+    data[-3] ^= 1
+    (tmp_path / "k.safetensors").write_bytes(data)
+    refused(tmp_path / "k.safetensors", tmp_path / "n", "native", "k.safetensors is damaged, or another tool")
+    assert main(["convert", str(tmp_path / "k.safetensors"), str(tmp_path / "n"), "--to", "native"]) == 2
+    assert main(["convert", str(tmp_path / "k.safetensors"), str(tmp_path / "n"), "--to", "native", "--changed"]) == 0
+    says = r"changed=True \(--changed\) is for kohya's and LyCORIS's files, and .*peft"
+    refused(source, tmp_path / "m", "native", says, changed=True)
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft", "native"])
+def test_a_cut_file_is_told_by_its_size(tmp_path, form):
+    """As load and info tell it."""
+    source, _ = saved(tmp_path, {"to_q": LoRA(rank=2)}, Bare())
+    convert_file(source, at(tmp_path, form, "c"), form)
+    file = {"kohya": "c.safetensors", "peft": "c/adapter_model.safetensors", "native": "c/veneer.safetensors"}[form]
+    data = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(data[:-20])
+    refused(at(tmp_path, form, "c"), tmp_path / "n", "modelopt",
+            f"not a complete safetensors file .*has {len(data) - 20:,} bytes, its header announces {len(data):,}")
+
+
+def test_another_base_is_no_missing_one(tmp_path):
+    """A base that has none of the names is said to be another one."""
+    model, other = Bare(), nn.ModuleDict({"wide": nn.Linear(3, 4)})
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    save_file({"x": torch.ones(2)}, tmp_path / "odd.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    source, _ = saved(tmp_path, {"to_q": LoRA(rank=2, alpha=3)}, Bare())
+    convert_file(source, tmp_path / "k.safetensors", "kohya")
+    convert_file(source, tmp_path / "native", "native")
+    others = as_others_would(source, tmp_path / "peft")
+    for file in (stripped(tmp_path / "k.safetensors", tmp_path / "f.safetensors"), tmp_path / "native", others):
+        for base, has in ((other, "such as 'wide'"), (tmp_path / "other.safetensors", "such as 'wide'"),
+                          (tmp_path / "odd.safetensors", "none that holds a weight")):
+            refused(file, tmp_path / "n", "modelopt", r"is of another base model than the one that is given \(base=, "
+                    rf"--base\): none of its names is in it.*to_q.*modules of that base: {has}", base=base)
+        refused(file, tmp_path / "n", "modelopt", "has no tensors, so that it is no base model",
+                base=tmp_path / "empty.safetensors")
+        refused(file, tmp_path / "n", "modelopt", r"there is no folder or file '.*nowhere' .*or one safetensors file",
+                base=tmp_path / "nowhere")
+        convert_file(file, tmp_path / "good", "modelopt", tmp_path / "base.safetensors", overwrite=True)
+        assert_same_tensors(content(source), content(tmp_path / "good"))
+    refused(tmp_path / "f.safetensors", tmp_path / "n", "native", "Give its base model .*or one safetensors file")
+
+
+def test_peft_to_peft_keeps_the_short_names(tmp_path):
+    """PEFT's config said which endings mean just these modules; whoever wrote it knew the model."""
+    source, model = saved(tmp_path, {"block.*": LoRA(rank=2), "head": LoRA(rank=2)})
+    foreign = as_others_would(source, tmp_path / "foreign")
+    file = foreign / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for targets, more, kept in (
+            (["head", "0", "2"], {}, True), (r"head|block\.\d", {}, True), (["head", "0", "2", "gone"], {}, False),
+            (["head", "0", "2"], {"exclude_modules": ["gone"]}, False)):
+        file.write_text(json.dumps({**config, "target_modules": targets, **more}))
+        convert_file(foreign, tmp_path / "again", "peft", overwrite=True)
+        written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())["target_modules"]
+        assert written == (targets if kept else ["block.0", "block.2", "head"])
+        again = fresh("mixed")
+        assert veneer.load(again, tmp_path / "again").problems == ()
+        assert torch.equal(outputs(again, "mixed"), outputs(model, "mixed"))
+
+
+def test_prefixes_and_names_that_mean_nothing(tmp_path):
+    source, _ = saved(tmp_path, {"to_q": LoRA(rank=2)}, Bare())
+    for prefix in ("", "lora.te"):
+        says = f"prefix='{prefix}' .*cannot begin the names"
+        refused(source, tmp_path / "k.safetensors", "kohya", says, prefix=prefix)
+    says = r"prefix='x' \(--prefix\) is of kohya's and LyCORIS's files, and .*peft and is to be in native"
+    refused(source, tmp_path / "n", "native", says, prefix="x")
+    says = r"name='x' \(--name\) is of ModelOpt's directories, and .*peft and is to be in native"
+    refused(source, tmp_path / "n", "native", says, name="x")
+
+
+def test_the_format_that_is_said_is_the_one_there(tmp_path):
+    source, _ = saved(tmp_path, {"to_q": LoHa(rank=2)}, Bare())
+    convert_file(source, tmp_path / "l.safetensors", "lycoris")
+    for file in (tmp_path / "l.safetensors", stripped(tmp_path / "l.safetensors", tmp_path / "f.safetensors")):
+        refused(file, tmp_path / "n", "native", "is in the format lycoris, not kohya: .*more than LoRA", from_="kohya")
+        assert convert_file(file, tmp_path / "n", "native", Bare(), from_="lycoris", overwrite=True).source_format == \
+            "lycoris"
+    says = "'to_q' has LoHa.*, not nemo: NeMo's files hold LoRA and DoRA"
+    refused(source, tmp_path / "m", "native", says, from_="nemo")
 
 
 def test_a_file_that_was_changed_since_is_read_by_its_tensors(tmp_path):
@@ -308,7 +412,9 @@ def test_a_file_that_was_changed_since_is_read_by_its_tensors(tmp_path):
     tensors, meta = load_file(tmp_path / "k.safetensors"), read_metadata(tmp_path / "k.safetensors")
     tensors["lora_unet_to_q.alpha"] = torch.tensor(8.0)
     save_file(tensors, tmp_path / "k.safetensors", meta)
-    report = convert_file(tmp_path / "k.safetensors", tmp_path / "n", "native")
+    refused(tmp_path / "k.safetensors", tmp_path / "n", "native",
+            r"is damaged, or another tool has changed it: .*SHA-256 differs.*changed=True \(--changed\) takes its")
+    report = convert_file(tmp_path / "k.safetensors", tmp_path / "n", "native", changed=True)
     assert any("was changed after Veneer wrote it" in note for note in report.notes)
     assert [(r.method.alpha, r.method.dropout) for r in content(tmp_path / "n").records] == [(8, 0.0)]
 

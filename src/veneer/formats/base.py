@@ -18,7 +18,9 @@ from veneer.io.tensors import Announced, read_sizes
 from veneer.method import VeneerError
 from veneer.wrappers import unwrap
 
-GIVE = "Give its base model (base=, --base): a folder with config.json or safetensors files"
+_FORMS = "a folder with config.json or safetensors files, or one safetensors file"
+GIVE = f"Give its base model (base=, --base): {_FORMS}"
+GIVE_WHOLE = "Give its base model (base=, --base): a folder with config.json, or the model itself"
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 
@@ -39,6 +41,11 @@ class Known:
     exact: BaseMap | None = None
     sizes: dict[str, Announced] = field(default_factory=dict)
 
+    @property
+    def told(self) -> bool:
+        """Whether the caller gives a base."""
+        return self.exact is not None or bool(self.sizes)
+
     def modules(self) -> list[str]:
         """Modules that hold a weight."""
         if self.exact is not None:
@@ -58,8 +65,14 @@ def known(base: str | Path | nn.Module | None) -> Known:
         model = unwrap(base)
         return Known(base_map(model, base_weights(model)))
     path = Path(base)
+    if not path.exists():
+        raise VeneerError(f"convert: there is no folder or file {str(path)!r} (base=, --base). Give {_FORMS}; nothing "
+                          "is downloaded")
     if path.is_file():
-        return Known(sizes=read_sizes(path))
+        found = read_sizes(path)
+        if not found:
+            raise VeneerError(f"convert: {path} (base=, --base) has no tensors, so that it is no base model")
+        return Known(sizes=found)
     if (path / "model_index.json").is_file():
         return Known(sizes=_pipeline(path))
     return _structure(path) if path.is_dir() and _is_transformers(path) else Known(sizes=_sizes(path))

@@ -23,7 +23,7 @@ META_NEMO, META_MODELOPT, META_STEMS = "veneer.nemo", "veneer.modelopt", "veneer
 @dataclass
 class Content:
     """One adapter. base: where its weights sit; about: the base, for manifests; header: what its tensor file's header
-    takes along."""
+    takes along; config: PEFT's, where it was read from PEFT's files."""
 
     records: list[Record]
     base: BaseMap
@@ -31,3 +31,4 @@ class Content:
     about: dict[str, Any] = field(default_factory=dict)
     header: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)

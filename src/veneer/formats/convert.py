@@ -10,9 +10,10 @@ from torch import nn
 
 from veneer.formats.base import known
 from veneer.formats.content import FORMATS, Content
-from veneer.formats.read import MODELOPT_STATE, detect, read
+from veneer.formats.read import MODELOPT_STATE, detect, modelopt_modes, read
 from veneer.formats.write import targets, write
 from veneer.io.dialects.hf_base import Inexpressible
+from veneer.io.dialects.lycoris import PREFIXES
 from veneer.method import VeneerError, nearest
 
 _FILES = ("kohya", "lycoris")
@@ -41,15 +42,17 @@ class ConvertReport:
 
 def convert_file(source: str | Path, target: str | Path, to: str, base: str | Path | nn.Module | None = None, *,
                  from_: str | None = None, prefix: str | None = None, name: str | None = None,
-                 overwrite: bool = False) -> ConvertReport:
+                 changed: bool = False, overwrite: bool = False) -> ConvertReport:
     """Write the adapter at `source` to `target` in another format. Needs no model.
 
     source: a directory or a file. target: a directory, or for kohya and lycoris a .safetensors file. to, from_: of
     `FORMATS`; from_ None: what the files look like. base: what the source does not tell of its base model is taken from
     here: a folder with config.json or safetensors files (of which only the headers are read), such a file, or a model.
     prefix: of the names in kohya's and LyCORIS's files, such as "lora_te"; None: those that are usual. name: of the
-    adapter in a directory of ModelOpt's; None: the one that it had in ModelOpt, else "default". overwrite: replace an
-    adapter that is there; in a directory of ModelOpt's the one of that name, and others stay.
+    adapter in a directory of ModelOpt's: in the source which of several is read, in the target what it is called; None:
+    the only one, and the name that it had in ModelOpt, else "default". changed: read a file of kohya's or LyCORIS's
+    that another tool has changed since Veneer wrote it, by its tensors alone. overwrite: replace an adapter that is
+    there; in a directory of ModelOpt's the one of that name, and others stay.
 
     What is written holds the same numbers, bit for bit, and its header the whole plan, so that converting it back gives
     the same again. Raises `VeneerError`, with nothing written, where the format cannot hold something that changes what
@@ -63,7 +66,8 @@ def convert_file(source: str | Path, target: str | Path, to: str, base: str | Pa
                               f"{', '.join(FORMATS)}")
     form = _format(source, from_)
     _check_kind(target, to)
-    content = read(source, form, known(base), prefix)
+    _check_options(source, form, to, prefix, name, changed)
+    content = read(source, form, known(base), prefix, _read_name(source, form, to, name), changed)
     name = _settled(content, to) if name is None else name
     _check_free(source, target, to, name, overwrite)
     try:
@@ -81,9 +85,31 @@ def _format(source: Path, said: str | None) -> str:
     found = detect(source)
     if said is None or said == found:
         return found
-    if {said, found} in ({"kohya", "lycoris"}, {"peft", "nemo"}):
+    if (said, found) == ("lycoris", "kohya") or {said, found} == {"peft", "nemo"}:  # LyCORIS has LoRA as kohya has it
         return said
-    raise VeneerError(f"convert: {source} is in the format {found}, not {said}")
+    alone = ": what it holds is more than LoRA, and kohya's files hold that alone" if said in _FILES else ""
+    raise VeneerError(f"convert: {source} is in the format {found}, not {said}{alone if found in _FILES else ''}")
+
+
+def _check_options(source: Path, form: str, to: str, prefix: str | None, name: str | None, changed: bool) -> None:
+    """Refuse options that would have no effect."""
+    formats = f"{source} is in the format {form} and is to be in {to}"
+    if prefix is not None and not {form, to} & set(_FILES):
+        raise VeneerError(f"convert: prefix={prefix!r} (--prefix) is of kohya's and LyCORIS's files, and {formats}")
+    if prefix is not None and (not prefix or "." in prefix):
+        raise VeneerError(f"convert: prefix={prefix!r} (--prefix) cannot begin the names in such a file: give one such "
+                          f"as 'lora_te', or leave it out for the usual ones ({', '.join(PREFIXES)})")
+    if name is not None and "modelopt" not in (form, to):
+        raise VeneerError(f"convert: name={name!r} (--name) is of ModelOpt's directories, and {formats}")
+    if changed and form not in _FILES:
+        raise VeneerError(f"convert: changed=True (--changed) is for kohya's and LyCORIS's files, and {formats}")
+
+
+def _read_name(source: Path, form: str, to: str, name: str | None) -> str | None:
+    """The adapter that `name` picks in the source. From ModelOpt's to ModelOpt's it is a new name for the only one."""
+    if form != "modelopt" or (to == "modelopt" and len(modelopt_modes(source)) == 1):
+        return None
+    return name
 
 
 def _settled(content: Content, to: str) -> str:

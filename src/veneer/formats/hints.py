@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from veneer.formats.base import GIVE, Hint
+from veneer.formats.base import GIVE, GIVE_WHOLE, Hint
 from veneer.io.dialects.hf_base import PREFIX
 from veneer.io.dialects.hf_family import Family
 from veneer.io.dialects.hf_read import TOKENS
@@ -30,8 +30,7 @@ def peft_hints(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sized: 
     """
     kind = file_type(config)
     if config.get("target_parameters"):
-        raise VeneerError(f"convert: what a file with target_parameters is on is not to be seen in it. {GIVE}, or the "
-                          "model itself")
+        raise VeneerError(f"convert: what a file with target_parameters is on is not to be seen in it. {GIVE_WHOLE}")
     if kind.peft_type in _SILENT and not sized:
         raise VeneerError(f"convert: the tensors of {kind.peft_type} do not show the sizes of their weights. {GIVE}")
     parts: Parts = {}
@@ -40,7 +39,7 @@ def peft_hints(config: Mapping[str, Any], tensors: Mapping[str, Tensor], sized: 
         name = re.sub(r"\.base_layer(?=\.(weight|bias)$)", "", key.removeprefix(PREFIX))  # beside an adapter
         if ".base_layer." in name:
             raise VeneerError(f"convert: {key!r} may be of attention or of a single parameter, which cannot be seen in "
-                              f"the file. {GIVE}, or the model itself")
+                              f"the file. {GIVE_WHOLE}")
         module, part = _split(kind, name)
         if key in kind.shared:
             continue
@@ -118,5 +117,5 @@ def _plain(config: Mapping[str, Any], key: str, tensor: Tensor, sized: bool) -> 
         raise VeneerError(f"convert: {key!r} may be of a Conv1d or of stacked experts. {GIVE}")
     if tensor.dim() == 2 and config.get("fan_in_fan_out"):
         raise VeneerError(f"convert: {key!r} may be stored as (in, out), as some weights of this file are "
-                          f"(fan_in_fan_out). {GIVE}, or the model itself")
+                          f"(fan_in_fan_out). {GIVE_WHOLE}")
     return Hint("conv" if tensor.dim() > 3 else "bias" if key.endswith(".bias") else "parameter", tuple(tensor.shape))

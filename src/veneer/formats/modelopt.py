@@ -7,7 +7,7 @@ from typing import Any
 
 from veneer.formats.content import META_MODELOPT, Content
 from veneer.inits.random import TorchInit
-from veneer.io.dialects.hf_base import Inexpressible
+from veneer.io.dialects.hf_base import Inexpressible, way_out
 from veneer.io.manifest import parse_json, read_json
 from veneer.io.records import Record
 from veneer.method import VeneerError
@@ -76,7 +76,8 @@ def _patterns(record: Record, content: Content) -> dict[str, dict[str, Any]]:
     """The layers of a weight → their attributes."""
     method, site = record.method, content.base.sites[record.name]
     if not isinstance(method, LoRA):
-        raise Inexpressible(f"{record.name!r} has {method}; ModelOpt has LoRA alone")
+        raise Inexpressible(f"{record.name!r} has {method}; ModelOpt has LoRA alone"
+                            f"{way_out(method, with_dora=False)}")
     if method.bias:
         raise Inexpressible(f"{record.name!r} has {method}; ModelOpt has no added bias")
     if method.scale <= 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.formats.content import META_NEMO, Content
-from veneer.io.dialects.hf_base import Inexpressible
+from veneer.io.dialects.hf_base import Inexpressible, way_out
 from veneer.io.records import Record
 from veneer.method import Method
 from veneer.methods import DoRA, LoRA
@@ -59,7 +59,8 @@ def _pair(record: Record, content: Content) -> LoRA:
     method = record.method.inner if isinstance(record.method, DoRA) else record.method
     site = content.base.sites[record.name]
     if not isinstance(method, LoRA):
-        raise Inexpressible(f"{record.name!r} has {record.method}; NeMo has LoRA and DoRA")
+        raise Inexpressible(f"{record.name!r} has {record.method}; NeMo has LoRA and DoRA"
+                            f"{way_out(record.method, with_dora=True)}")
     if not site.is_linear and not site.layout.shape.batch:
         raise Inexpressible(f"{record.name!r} is of kind {site.spots[0].kind}; NeMo adapts linear layers and experts")
     if method.rank_stabilized or method.bias:

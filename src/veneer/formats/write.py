@@ -14,6 +14,7 @@ from veneer.formats.content import META_MODELOPT, META_STEMS, Content
 from veneer.formats.read import MODELOPT_STATE, NEMO_SETTINGS
 from veneer.io import native, sites, store
 from veneer.io.dialects import hf, lycoris
+from veneer.io.dialects.hf_names import is_target
 from veneer.io.files import Writer, write_all
 from veneer.io.manifest import META_MANIFEST
 from veneer.io.records import Record
@@ -21,6 +22,9 @@ from veneer.io.save import Writing, manifest_of, plain_record, write_adapter, wr
 from veneer.io.sites import META_SITES
 from veneer.io.tensors import write_tensors
 from veneer.methods import LoHa, LoKr, LoRA
+
+#: keys of PEFT's config that take some of what target_modules names away
+_SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 class Written(NamedTuple):
@@ -70,14 +74,29 @@ def _plain(content: Content) -> tuple[Content, list[str]]:
     changed = [new.name for new, old in zip(records, content.records, strict=True) if new.method != old.method]
     notes = [f"the start of {changed[0]!r} (and {len(changed) - 1} more) is not kept: the same change is "
              "written as a plain LoRA"] if changed else []
-    return Content(records, content.base, content.seed, content.about, content.header), notes
+    plain = Content(records, content.base, content.seed, content.about, content.header, config=content.config)
+    return plain, notes
 
 
 def _peft(content: Content) -> tuple[dict[str, Any], Mapping[str, Tensor], list[str]]:
     config, tensors, notes = hf.encode(content.records, content.base)
+    if not content.base.known and _same_targets(content.config, config):
+        config["target_modules"] = content.config["target_modules"]
     config["base_model_name_or_path"] = content.about.get("name_or_path")
     config["task_type"] = content.about.get("task_type") or config["task_type"]
     return config, tensors, notes
+
+
+def _same_targets(said: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether what PEFT's config said of the adapted modules, in short names say, still means just those that are
+    written: whoever trained the adapter knew which other modules there are."""
+    targets, names = said.get("target_modules"), config["target_modules"]
+    if not targets or not isinstance(names, list) or any(said.get(key) for key in _SELECTING):
+        return False
+    entries = [targets] if isinstance(targets, str) else targets
+    return said.get("peft_type") == config["peft_type"] and all(
+        any(is_target({"target_modules": entry if isinstance(targets, str) else [entry]}, name) for name in names)
+        for entry in entries) and all(is_target({"target_modules": targets}, name) for name in names)
 
 
 def _header(content: Content) -> dict[str, str]:

@@ -28,6 +28,8 @@ from veneer.method import VeneerError
 PEFT_TENSORS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PICKLE = "adapter_model.bin"
 NATIVE_TENSORS, MANIFEST = "veneer.safetensors", "veneer.json"
+#: by which a directory of veneer.modelopt's is known; its adapters are in directories inside
+MODELOPT_STATE = "modelopt_state.json"
 
 
 @dataclass
@@ -84,9 +86,21 @@ def find(path: Path) -> Path:
     for file in (native, peft, path / PEFT_PICKLE):
         if file.is_file():
             return file
+    if (path / MODELOPT_STATE).is_file():
+        raise VeneerError(_of_modelopt(path))
     inside = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))[:8]
     raise VeneerError(f"no adapter in {path}: expected {PEFT_TENSORS} (or {NATIVE_TENSORS}); it has: "
                       f"{', '.join(inside) or 'nothing'}")
+
+
+def _of_modelopt(path: Path) -> str:
+    """What to do with a directory of ModelOpt's, which may have several adapters."""
+    files = NATIVE_TENSORS, PEFT_TENSORS
+    names = sorted(inner.name for inner in path.iterdir() if any((inner / file).is_file() for file in files))
+    one = f"give the directory of one of them, such as {path / names[0]}" if names else "it has none"
+    return (f"{path} is in ModelOpt's format ({MODELOPT_STATE}), with its adapters in directories of their own "
+            f"({', '.join(names) or 'none'}): {one}. Or convert it: `veneer convert {path} DIRECTORY --to peft"
+            f"{' --name ' + names[0] if len(names) > 1 else ''}`. veneer.modelopt.restore reads it as it is")
 
 
 def generation(directory: Path) -> int:

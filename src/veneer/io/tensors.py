@@ -93,13 +93,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise VeneerError(f"{path}: not a complete safetensors file ({error}). It has {path.stat().st_size:,} bytes"
-                          f"{_expected_size(path)}. Nothing was loaded; copy or save it again") from error
+        raise _incomplete(path, error) from error
 
 
 def read_sizes(path: Path) -> dict[str, Announced]:
-    """Dtype and shape of every tensor, from the header of a safetensors file. Raises `VeneerError` for another file,
-    and for a dtype that PyTorch does not have."""
+    """Dtype and shape of every tensor, from the header of a safetensors file. Raises `VeneerError` as `read_tensors`
+    does, and for a dtype that PyTorch does not have."""
     found = {}
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -111,7 +110,7 @@ def read_sizes(path: Path) -> dict[str, Announced]:
                                       "PyTorch does not have")
                 found[name] = Announced(dtype, tuple(part.get_shape()))
     except (SafetensorError, OSError) as error:
-        raise VeneerError(f"{path}: not a complete safetensors file ({error})") from error
+        raise _incomplete(path, error) from error
     return found
 
 
@@ -143,6 +142,13 @@ def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
         view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
         for start in range(0, size, _CHUNK):
             yield view[start:start + _CHUNK]
+
+
+def _incomplete(path: Path, error: Exception) -> VeneerError:
+    if not path.is_file():
+        return VeneerError(f"{path} cannot be read: {error}")
+    return VeneerError(f"{path}: not a complete safetensors file ({error}). It has {path.stat().st_size:,} bytes"
+                       f"{_expected_size(path)}. Nothing was loaded; copy or save it again")
 
 
 def _expected_size(path: Path) -> str:

@@ -83,7 +83,10 @@ def _convert_arguments(convert: argparse.ArgumentParser) -> None:
     convert.add_argument("--from", dest="source_format", metavar="FORMAT", help="default: what the files look like")
     convert.add_argument("--base", help="the base model's folder, or a safetensors file, for what SOURCE does not tell")
     convert.add_argument("--prefix", help="of the names in kohya's and LyCORIS's files, such as lora_te")
-    convert.add_argument("--name", help="of the adapter in a directory of ModelOpt's (its name there, else default)")
+    convert.add_argument("--name", help="of the adapter in a directory of ModelOpt's: which one is read, or what it is "
+                                        "to be called there (default: its name in ModelOpt, else default)")
+    convert.add_argument("--changed", action="store_true", help="read a file of kohya's or LyCORIS's by its tensors "
+                                                                "alone, if another tool has changed it since")
     convert.add_argument("--overwrite", action="store_true", help="replace an adapter that is there already")
     convert.set_defaults(run=_convert)
 
@@ -196,7 +199,7 @@ def _merge(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     print(veneer.convert_file(arguments.source, arguments.target, arguments.to, arguments.base,
                               from_=arguments.source_format, prefix=arguments.prefix, name=arguments.name,
-                              overwrite=arguments.overwrite))
+                              changed=arguments.changed, overwrite=arguments.overwrite))
     return 0
 
 

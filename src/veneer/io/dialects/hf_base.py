@@ -12,6 +12,7 @@ from torch import Tensor
 
 from veneer.io.records import BaseMap, Record, Site
 from veneer.method import Method
+from veneer.methods import DoRA, LoRA
 
 PREFIX = "base_model.model."
 
@@ -23,6 +24,16 @@ def whole_number(number: float) -> float:
 
 class Inexpressible(Exception):
     """PEFT's config has no way to say this; the message says what."""
+
+
+def way_out(method: Method, with_dora: bool) -> str:
+    """A clause on how a file can hold what a method does as LoRA; empty where it cannot. with_dora: it holds DoRA."""
+    dora = isinstance(method, DoRA)
+    inner = method.inner if isinstance(method, DoRA) else method
+    if not inner.additive or (isinstance(inner, LoRA) and (with_dora or not dora)):
+        return ""
+    extract = ", extract=True" if dora and not with_dora else ""
+    return f" (veneer.to_lora(model{extract}) makes plain LoRA of it, exact or of a rank that you give)"
 
 
 class Draft:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from veneer.io.dialects.hf_base import Inexpressible, whole_number
+from veneer.io.dialects.hf_base import Inexpressible, way_out, whole_number
 from veneer.io.records import Record, Site
 from veneer.method import Method, VeneerError
 from veneer.methods import DoRA, LoHa, LoKr, LoRA
@@ -91,6 +91,18 @@ def modules_for(stems: Iterable[str], modules: Iterable[str], prefixes: Sequence
     return {stem: table.get(stem, []) for stem in stems}
 
 
+def prefixes_of(stems: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """The prefixes that each of these stems would have if it were of one of the modules, the shortest first; none where
+    there is no such prefix for all."""
+    ends = {flat(module) for module in modules}
+    fits: set[str] | None = None
+    for stem in stems:
+        parts = stem.split("_")
+        here = {"_".join(parts[:i]) for i in range(1, len(parts)) if "_".join(parts[i:]) in ends}
+        fits = here if fits is None else fits & here
+    return sorted((prefix for prefix in fits or () if prefix), key=len)
+
+
 def grouped(tensors: Parts) -> dict[str, dict[str, Tensor]]:
     """stem → piece → tensor. Raises `VeneerError` for pieces that no method here has, saying what they are."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -102,6 +114,16 @@ def grouped(tensors: Parts) -> dict[str, dict[str, Tensor]]:
                               f"{', '.join(sorted(_KNOWN))}")
         found.setdefault(stem, {})[piece] = tensor
     return found
+
+
+def without_alpha(groups: Mapping[str, Parts]) -> list[str]:
+    """A note on the modules for which the file has no alpha; none where each has one, or needs none."""
+    found = [stem for stem, pieces in groups.items()
+             if "alpha" not in pieces and not {"lokr_w1", "lokr_w2"} <= set(pieces)]
+    if not found:
+        return []
+    return [f"{len(found)} of {len(groups)} modules ({found[0]!r}) have no alpha in the file: it was taken for the "
+            "rank, a scale of 1, as kohya's scripts and LyCORIS take it"]
 
 
 # -- records → file -----------------------------------------------------------------------------------------
@@ -134,9 +156,11 @@ def _refuse(record: Record, inner: Method, site: Site, methods: Sequence[type[Me
     spot = site.spots[0]
     if type(inner) not in methods:
         has = " and ".join(kind.__name__ for kind in methods)
-        raise Inexpressible(f"{record.name!r} has {record.method}; these files have {has}")
+        raise Inexpressible(f"{record.name!r} has {record.method}; these files have {has}"
+                            f"{way_out(record.method, with_dora=LoHa in methods)}")
     if isinstance(record.method, DoRA) and LoHa not in methods:
-        raise Inexpressible(f"{record.name!r} has {record.method}, and kohya's files have no lengths; LyCORIS's have")
+        raise Inexpressible(f"{record.name!r} has {record.method}, and kohya's files have no lengths; LyCORIS's "
+                            f"have{way_out(record.method, with_dora=False)}")
     if spot.kind not in ("linear", "conv") or spot.param != "weight" or not spot.module:
         raise Inexpressible(f"{record.name!r} is of kind {spot.kind}; these files adapt linear layers and convolutions")
     if len(site.spots) > 1:
