@@ -24,6 +24,7 @@ from veneer.peft.family_configs import (
     VeraConfig,
 )
 from veneer.peft.lora_config import CordaConfig, EvaConfig, LoftQConfig, LoraConfig, LoraGAConfig, LoraRuntimeConfig
+from veneer.peft.saving import load_peft_weights
 from veneer.peft.types import FAMILY, PeftType, TaskType
 
 peft = pytest.importorskip("peft", reason="the configs are compared with PEFT's")
@@ -179,6 +180,14 @@ def test_the_hub_is_asked_only_for_what_is_no_directory(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json'"):
         PeftConfig.from_pretrained(tmp_path / "empty")
+    for path, says in [(tmp_path / "emtpy", "there is no folder '.*emtpy'; did you mean 'empty'"),
+                       ("./nope", r"there is no folder '\./nope' below '/"),
+                       ("a/b/c", "there is no folder 'a/b/c' below '/"),
+                       (tmp_path / "adapter_config.json", r"adapter_config\.json' is a file; give the folder")]:
+        with pytest.raises(ValueError, match=says):
+            PeftConfig.from_pretrained(path)
+        with pytest.raises(VeneerError, match=says):
+            load_peft_weights(path)
     assert len(asked) == 2
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install huggingface_hub"):

@@ -179,7 +179,8 @@ def test_long_lists_become_short():
 
 # -- nothing fits --------------------------------------------------------------------------------------------
 NOTHING: list[tuple[dict[str, Any], str]] = [
-    ({"target_modules": ["q_porj"]}, r"Target modules \{'q_porj'\} not found in the base model; did you mean 'q_proj'"),
+    ({"target_modules": ["q_porj"]}, r"Target modules \{'q_porj'\} not found in the base model; did you mean 'q_proj' "
+     r"\(3 like it\)\?$"),
     ({"target_modules": r".*q_porj"}, r"Target modules '.*q_porj' not found in the base model; did you mean 'q_proj'"),
     ({"target_modules": ["q_proj"], "layers_to_transform": [9]},
      r"'model.layers.0.self_attn.q_proj' and 2 more fit but for their layer's number. layers_to_transform is \[9\]"),
@@ -189,8 +190,13 @@ NOTHING: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
      "No modules were targeted for adaptation .*'model.layers.0.self_attn.q_proj' and 2 more would fit"),
     ({"target_modules": ["q_porj"], "exclude_modules": ["v_proj"]},
-     "No modules were targeted for adaptation .* none fits; did you mean 'q_proj'"),
-    ({"target_modules": []}, "No `target_modules` passed but also no `target_parameters` found"),
+     r"No modules were targeted for adaptation .* none fits, with 3 excluded; did you mean 'q_proj' \(3 like it\)\?$"),
+    ({"target_modules": "q_proj"}, r"Target modules 'q_proj' not found in the base model; a string is a regular "
+     r"expression for the whole name: write \['q_proj'\], a list, to hit 'model\.layers\.0\.self_attn\.q_proj' and 2 "
+     r"more\.$"),
+    ({"target_modules": ["zzz"]}, r"not found in the base model\. Names of layers that can be adapted end in "
+     r"'embed_tokens', 'q_proj', .*'lm_head'\.$"),
+    ({"target_modules": []}, r"No `target_modules` passed and no `target_parameters` either\. Names of layers .*\.$"),
     ({"target_modules": [], "target_parameters": ["q_proj.wieght"]},
      "No `target_modules` passed but also no `target_parameters` found.*did you mean 'weight'"),
 ]
@@ -202,6 +208,36 @@ def test_where_nothing_fits(options, says):
         translate(nets.decoder(), LoraConfig(**options))
     with pytest.raises(ValueError, match="odules"):
         theirs(nets.decoder, "LoraConfig", options)
+
+
+class Words(nn.Module):
+    """Of no library."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.fc1, self.act, self.fc2 = nn.Embedding(9, 4), nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)
+
+
+@pytest.mark.parametrize(("config", "says"), [
+    (LoraConfig(target_modules=["zzz"]), r"Names of layers that can be adapted end in 'words', 'fc1', 'fc2'\.$"),
+    (LoraConfig(target_modules="fc"), r"; did you mean 'fc[12]' \(1 like it\)\?$"),
+    (LoraConfig(target_modules=["zzz"], exclude_modules=["fc1"]), r"none fits, with 1 excluded\.$"),
+    (VeraConfig(target_modules=["zzz"]), r"end in 'fc1', 'fc2'\.$"),
+    (LoHaConfig(target_modules=[]), r"^No `target_modules` passed\. Names of layers that can be adapted end in 'fc"),
+    (LoraConfig(), r"none are known for a model without a model_type in its config\. Names of layers that can be "
+                   r"adapted end in 'words', 'fc1', 'fc2'; \"all-linear\" is every linear layer$"),
+])
+def test_the_layers_of_ones_own_model_are_named(config, says):
+    with pytest.raises(ValueError, match=says):
+        translate(Words(), config)
+    with pytest.raises(ValueError, match="has no layer that LORA can adapt"):
+        translate(nn.Sequential(nn.LayerNorm(3)), LoraConfig(target_modules=["zzz"]))
+
+
+def test_not_all_names_of_many_are_listed():
+    many = nn.ModuleDict({f"part_{i}": nn.Linear(2, 2) for i in range(14)})
+    with pytest.raises(NoMatchingPeftModuleError, match=r"'part_0', .*, 'part_11' and 2 more\.$"):
+        translate(many, LoraConfig(target_modules=["zzz"]))
 
 
 def test_an_unknown_architecture():

@@ -18,6 +18,7 @@ from veneer.io.files import write_all
 from veneer.method import VeneerError, nearest
 from veneer.notices import say
 from veneer.peft.errors import NotInVeneerError
+from veneer.peft.hub import no_such_path
 from veneer.peft.types import FAMILY, PeftType, TaskType
 
 CONFIG_NAME = "adapter_config.json"
@@ -190,6 +191,9 @@ def _config_file(path: str | Path, subfolder: str | None, hub: dict[str, Any]) -
         return str(local)
     if Path(path).is_dir():
         raise ValueError(f"Can't find {CONFIG_NAME!r} at {str(local.parent)!r}")
+    reason = no_such_path(path)
+    if reason is not None:
+        raise ValueError(f"Can't find {CONFIG_NAME!r}: {reason}")
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from veneer.method import VeneerError
+from veneer.method import VeneerError, nearest
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors", "veneer.json", "veneer.safetensors")
 _KEYS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
@@ -17,11 +17,14 @@ def local_folder(model_id: str | Path, subfolder: str | None = None, **hub: Any)
     """The folder with an adapter's files: a local one as it is, else downloaded from the Hub.
 
     hub: arguments of `huggingface_hub.snapshot_download`; others are left out. Raises `VeneerError` where there is
-    neither.
+    neither. What can only be a path is not asked for at the Hub.
     """
     folder = Path(model_id)
     if folder.is_dir():
         return folder / subfolder if subfolder else folder
+    reason = no_such_path(model_id)
+    if reason is not None:
+        raise VeneerError(reason)
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -36,6 +39,20 @@ def local_folder(model_id: str | Path, subfolder: str | None = None, **hub: Any)
         raise VeneerError(f"there is no folder {str(model_id)!r}, and it cannot be had from the Hugging Face Hub: "
                           f"{error}") from error
     return found / subfolder if subfolder else found
+
+
+def no_such_path(model_id: str | Path) -> str | None:
+    """What is wrong with the name of a folder that is not there, or None where it may be a repository's, which is
+    "name" or "owner/name"."""
+    path, text = Path(model_id), str(model_id)
+    if path.is_file():
+        return f"{text!r} is a file; give the folder with the adapter's files"
+    if not (text.startswith((".", "~", "/")) or "\\" in text or path.is_absolute() or text.count("/") > 1):
+        return None
+    above = path.absolute().parent
+    beside = [each.name for each in above.iterdir() if each.is_dir()] if above.is_dir() else []
+    where = "" if path.is_absolute() else f" below {str(Path.cwd())!r}"
+    return f"there is no folder {text!r}{where}{nearest(path.name, beside)}"
 
 
 def cached_model(name: str | Path) -> Path:

@@ -1,15 +1,12 @@
 """Which modules and parameters of a bare model a config adapts, by PEFT's rules.
 
 The rules of names are in `veneer.io.dialects.hf_names`; here is what stands around them (peft/tuners/tuners_utils.py,
-`inject_adapter`): "all-linear", the targets of an architecture, experts that transformers 5 has put together, and what
-is said when nothing fits.
+`inject_adapter`): "all-linear", the targets of an architecture, and experts that transformers 5 has put together.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +20,7 @@ from veneer.method import VeneerError
 from veneer.notices import say
 from veneer.peft.architectures import default_targets, fused_experts, known_architectures
 from veneer.peft.errors import NoMatchingPeftModuleError
+from veneer.peft.misses import could_be, hint, nothing, shown
 from veneer.peft.types import SEQ_CLS_HEADS, PeftType, TaskType
 from veneer.weights import base_modules
 
@@ -51,7 +49,7 @@ def settle_targets(model: nn.Module, base: BaseMap, config: Any) -> None:
     if config.peft_type == PeftType.LORA:
         _settle_experts(model, base, config)
     if config.target_modules is None:
-        _settle_default(model, config)
+        _settle_default(model, base, config)
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         config.target_modules = set(linear_modules(model, base, config.task_type))
@@ -79,14 +77,15 @@ def _check_patterns(config: Any) -> None:
                 raise VeneerError(f"{name}: {pattern!r} is no regular expression: {error}") from None
 
 
-def _settle_default(model: nn.Module, config: Any) -> None:
+def _settle_default(model: nn.Module, base: BaseMap, config: Any) -> None:
     kind = model_type(model)
     found = default_targets(config.peft_type, kind)
     if found is None and not getattr(config, "target_parameters", None):
         what = "`target_modules` or `target_parameters`" if config.peft_type == PeftType.LORA else "`target_modules`"
-        here = f"model_type {kind!r}" if kind else "a model without a model_type in its config"
-        raise VeneerError(f"Please specify {what} in `peft_config`: none are known for {here}. Known are "
-                          f"{', '.join(known_architectures(config.peft_type))}; \"all-linear\" is every linear layer")
+        here = (f"model_type {kind!r}, but for {', '.join(known_architectures(config.peft_type))}" if kind else
+                "a model without a model_type in its config")
+        raise VeneerError(f"Please specify {what} in `peft_config`: none are known for {here}. "
+                          f"{could_be(base, config)}; \"all-linear\" is every linear layer")
     config.target_modules = found
 
 
@@ -191,16 +190,16 @@ def find_targets(base: BaseMap, config: Any) -> Found:
     excluded = [name for name in base.modules if _is_excluded(rules, name)]
     parameters = _parameters(base, config)
     if not modules and not parameters:
-        raise NoMatchingPeftModuleError(_nothing(base, config, excluded))
+        raise NoMatchingPeftModuleError(nothing(base, config, rules, excluded))
     if getattr(config, "exclude_modules", None) and not excluded:
-        say(f"exclude_modules={_shown(config.exclude_modules)} was passed and no modules were excluded"
-            f"{_near(config.exclude_modules, base.modules)}", UserWarning)
+        say(f"exclude_modules={shown(config.exclude_modules)} was passed and no modules were excluded"
+            f"{hint(config.exclude_modules, base.modules)}", UserWarning)
     elif config.target_modules and not modules:
-        say(f"target_modules={_shown(config.target_modules)} were set but no module was matched"
-            f"{_near(config.target_modules, base.modules)}", RuntimeWarning)
+        say(f"target_modules={shown(config.target_modules)} were set but no module was matched"
+            f"{hint(config.target_modules, base.modules)}", RuntimeWarning)
     elif getattr(config, "target_parameters", None) and not parameters:
-        say(f"target_parameters={_shown(config.target_parameters)} were set but no parameter was matched"
-            f"{_near(config.target_parameters, base.by_path)}", RuntimeWarning)
+        say(f"target_parameters={shown(config.target_parameters)} were set but no parameter was matched"
+            f"{hint(config.target_parameters, base.by_path)}", RuntimeWarning)
     _warn_of_patterns(config, [*modules, *parameters])
     return Found(modules, parameters)
 
@@ -235,48 +234,6 @@ def _parameters(base: BaseMap, config: Any) -> list[str]:
     return found
 
 
-# -- when it does not fit -----------------------------------------------------------------------------------
-def _nothing(base: BaseMap, config: Any, excluded: Collection[str]) -> str:
-    targets = config.target_modules
-    if len(excluded) == len(base.modules):
-        return ("All modules were excluded, which is hardly meant; look at exclude_modules="
-                f"{_shown(getattr(config, 'exclude_modules', None))} and modules_to_save={config.modules_to_save}")
-    layers = "".join(f" {name} is {getattr(config, name)!r}." for name in ("layers_to_transform", "layers_pattern")
-                     if getattr(config, name, None) is not None)
-    if not excluded and not targets:
-        wanted = getattr(config, "target_parameters", None)
-        return (f"No `target_modules` passed but also no `target_parameters` found: {_shown(wanted)}"
-                f"{_near(wanted or (), base.by_path)}")
-    if not excluded:
-        there = [name for name in base.modules if is_target({**_view(config), "layers_to_transform": None}, name)]
-        why = f" {there[0]!r} and {len(there) - 1} more fit but for their layer's number." if there else ""
-        return (f"Target modules {_shown(targets)} not found in the base model{_near(targets, base.modules)}."
-                f"{why}{layers}")
-    hit = [name for name in excluded if is_target({"target_modules": targets}, name)]
-    why = (f"{hit[0]!r}{f' and {len(hit) - 1} more' if hit[1:] else ''} would fit, and exclude_modules or "
-           f"modules_to_save (what is trained whole is not adapted) takes them away" if hit else
-           f"none fits{_near(targets, base.modules)}, and {len(excluded)} others are excluded")
-    return f"No modules were targeted for adaptation by target_modules={_shown(targets)}: {why}.{layers}"
-
-
-def _shown(entries: Any) -> str:
-    """Entries as they were written, in an order that stays."""
-    if entries is None or isinstance(entries, str):
-        return repr(entries)
-    return "{" + ", ".join(map(repr, sorted(entries))) + "}"
-
-
-def _near(entries: Any, names: Iterable[str]) -> str:
-    """The nearest last part of a name, as a clause."""
-    words = re.split(r"[^\w]+", entries) if isinstance(entries, str) else [e.rpartition(".")[2] for e in entries]
-    ends = Counter(part for name in names for part in name.split(".") if not part.isdigit())
-    for word in sorted(filter(None, words), key=len, reverse=True):
-        match = difflib.get_close_matches(word, list(ends), n=1, cutoff=0.5)
-        if match and match[0] != word:
-            return f"; did you mean {match[0]!r} ({ends[match[0]]} like it)?"
-    return ""
-
-
 def _warn_of_patterns(config: Any, names: Collection[str]) -> None:
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, field, None) or {}
@@ -285,4 +242,4 @@ def _warn_of_patterns(config: Any, names: Collection[str]) -> None:
         unused = sorted(key for key in patterns if not any(re.match(rf"(.*\.)?({key})$", name) for name in names))
         if unused:
             say(f"{field}: {unused} did not match any targeted module and were ignored"
-                f"{_near([re.sub(r'[^A-Za-z0-9_.]', '', key) for key in unused], names)}", RuntimeWarning)
+                f"{hint([re.sub(r'[^A-Za-z0-9_.]', '', key) for key in unused], names)}", RuntimeWarning)
