@@ -352,8 +352,8 @@ def test_loading_says_when_the_base_is_held_in_other_bits(tmp_path) -> None:
     veneer.attach(dense, {"up": LoRA(rank=4)})
     veneer.save(dense, tmp_path / "one")
     report = veneer.load(eight, tmp_path / "one")
-    text = ("the base weight 'up' was held as float32 when this adapter was trained and is held as nf8 (read as "
-            "float32) here. ")
+    text = ("2 base weights ('up' is one) were held as float32 when this adapter was trained and are held as nf8 (read "
+            "as float32) here. ")
     assert [note for note in report.notes if text in note]
 
 
@@ -372,5 +372,23 @@ def test_the_fingerprint_names_how_a_weight_is_held(scheme: str, then: str, alik
     name = next(name for name, sample in saved.samples.items() if sample.packed)
     values = saved.samples[name].values
     assert values is not None
-    values += values.abs().max() / 100  # near enough for what is held otherwise
+    values += values.abs().max() / 10  # near enough for what is held otherwise
     assert (compare(saved, weights) != []) == alike
+
+
+@pytest.mark.parametrize("other", ["dtype", "scales"])
+def test_a_base_quantised_with_other_settings_is_the_same_with_a_note(other: str, tmp_path) -> None:
+    packed = net(torch.bfloat16)
+    veneer.quantize(packed, "nf4")
+    veneer.attach(packed, LoRA(rank=4))
+    veneer.save(packed, tmp_path)
+    again = net(torch.float32 if other == "dtype" else torch.bfloat16)
+    veneer.quantize(again, "nf4", double=other == "dtype")
+    notes = veneer.load(again, tmp_path).notes
+    assert [note for note in notes if "held as when this adapter was trained, but not with the same numbers" in note]
+    tuned = net(torch.bfloat16)
+    with torch.no_grad():
+        tuned.up.weight.add_(0.1 * tuned.up.weight.std() * torch.randn_like(tuned.up.weight))
+    veneer.quantize(tuned, "nf4")
+    with pytest.raises(VeneerError, match="another base model: 1 of 5 base weights differ: base weight 'up'"):
+        veneer.load(tuned, tmp_path)

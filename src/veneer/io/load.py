@@ -81,7 +81,7 @@ def _put(model: nn.Module, reading: Reading, name: str, strict: bool) -> LoadRep
     if stored.fingerprint is not None:
         started = {record.name for record in records if is_started(record)}
         problems += begun_elsewhere(stored.fingerprint, [weight for weight in weights if weight.name in started])
-        note = held_otherwise(stored.fingerprint, [w for w in weights if w.name in {r.name for r in records}])
+        note = held_otherwise(stored.fingerprint, weights)
         stored.notes += [] if note is None else [note]
     if existing:
         problems += _against_existing(model, name, records)

@@ -276,8 +276,8 @@ class PeftModel(nn.Module):
 
         Loading is strict: keys that are missing, unexpected or of another shape, and another base model, raise one
         `VeneerError` that lists them, and the model is as before; with strict=False they are warnings, and what is
-        whole is loaded. allow_pickle=True reads a .bin file, and then only tensors out of it. config: to be used instead of
-        the file's. ephemeral_gpu_offload, low_cpu_mem_usage: without effect.
+        whole is loaded. allow_pickle=True reads a .bin file, and then only tensors out of it. config: to be used
+        instead of the file's. ephemeral_gpu_offload, low_cpu_mem_usage: without effect.
         """
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {config.__class__}")

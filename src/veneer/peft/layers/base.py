@@ -14,6 +14,7 @@ from veneer.hosts import Host
 from veneer.merge import merge, unmerge
 from veneer.method import Adapter
 from veneer.methods.dora import DoRAAdapter
+from veneer.peft.printed import describe
 from veneer.peft.shown import bare, parts, tree
 
 
@@ -65,6 +66,9 @@ class BaseTunerLayer(Host):
             if prefix + part.shown in state_dict:
                 state_dict[prefix + part.path] = state_dict.pop(prefix + part.shown)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def _part(self, name: str, kind: type[nn.Module]) -> Any:
         """One of the dicts by adapter name, empty where no adapter has such a part."""
