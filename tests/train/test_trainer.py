@@ -53,6 +53,16 @@ def test_resumed_run_equals_the_uninterrupted_one(project: Path) -> None:
     assert not equal(tensors("out/checkpoint-4"), tensors("out/adapter"))
 
 
+def test_a_finished_run_that_is_resumed_trains_no_step_more(project: Path) -> None:
+    options = ["training.max_steps=4", "training.save_every=4"]
+    train(*options)
+    first = tensors("out/adapter")
+    again = train(*options, "output.overwrite=true", resume="last")
+    assert dict(again.facts)["Steps"] == "4 of 4"
+    assert [row["step"] for row in again.metrics if "loss" in row] == [1, 2, 3, 4]
+    assert equal(tensors("out/adapter"), first)
+
+
 @pytest.mark.parametrize("residual", ["exact", "base"])
 def test_a_start_that_is_carried_is_resumed_bit_for_bit(project: Path, residual: str) -> None:
     path = project / "config.yaml"

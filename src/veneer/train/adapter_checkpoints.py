@@ -82,6 +82,13 @@ class AdapterCheckpoints(transformers.Trainer):
         veneer.load(model, path, name=self.adapter_name)
         load_progress(model, self.adapter_name, Path(path))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers asks whether it is at the end after a step only, and would take one more than there are."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # -- what is not finite -------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 import veneer
 from veneer.method import Method
 from veneer.plan import Plan
-from veneer.train.console import Console
+from veneer.train.console import Console, size
 from veneer.train.data import Dataset, load_data
 from veneer.train.encode import Encoded, Encoder, show_mask
-from veneer.train.memory import estimate, size
+from veneer.train.memory import estimate
 from veneer.train.model import Loaded, load_model
 from veneer.train.schema import ConfigError
 from veneer.train.settings import Settings

@@ -68,13 +68,3 @@ def weight_bytes(model: nn.Module) -> int:
 def _dense_at_a_time(matrices: Sequence[Weight], kept: int, dtype: torch.dtype) -> int:
     packed = [weight.numel() * dtype.itemsize for weight in matrices if weight.storage is not None]
     return min(max(packed) + kept, sum(packed)) if packed else 0
-
-
-def size(count: int) -> str:
-    """`1536000` → `1.5 MB`."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"

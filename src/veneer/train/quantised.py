@@ -12,6 +12,7 @@ import veneer
 from veneer.method import VeneerError, nearest
 from veneer.quantize import schemes
 from veneer.storage.recent import RECENT, keep_dense
+from veneer.train.console import size
 from veneer.train.schema import ConfigError
 
 #: the blocks of a GGUF file, kept as they are; no scheme of `veneer.quantize`, which knows of no file
@@ -52,8 +53,8 @@ def hold(model: nn.Module, value: str | Mapping[str, Any]) -> tuple[str, ...]:
 
 def notes(report: Any) -> tuple[str, ...]:
     """A `QuantizeReport` in sentences; one for all that was left as it was."""
-    first = (f"{report.weights} weights held as {report.scheme}: {report.bytes_before / 1e6:.0f} MB as numbers, "
-             f"{report.bytes_after / 1e6:.0f} MB so")
+    first = (f"{report.weights} weights held as {report.scheme}: {size(report.bytes_before)} as numbers, "
+             f"{size(report.bytes_after)} so")
     rest = f" and {len(report.skipped) - 1} more" if len(report.skipped) > 1 else ""
     return (first, *(f"left as it is: {text}{rest}" for text in report.skipped[:1]))
 
