@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -91,9 +93,17 @@ def test_flags_of_older_scripts_have_their_names_of_today() -> None:
     assert training.train_sampling_strategy == "group_by_length"
     assert training.fsdp_config == {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
     assert training.activation_checkpointing is False
-    assert len(found.notes) == 2
+    assert len(found.notes) == 4
     assert found.notes[0].startswith("--overwrite_output_dir has no effect: nothing asks for it")
+    assert found.notes[0].endswith("unless --resume_from_checkpoint False starts anew")
     assert found.notes[1].startswith("--logging_dir has no effect: the environment variable TENSORBOARD_LOGGING_DIR")
+
+
+def test_defaults_that_nobody_would_guess_are_said() -> None:
+    model, output = parse("--bf16", "False").notes
+    assert model == "--model_name_or_path is not given: facebook/opt-125m, FastChat's default, is taken"
+    assert output == "--output_dir is not given: everything is written to 'trainer_output', transformers' default"
+    assert parse("--model_name_or_path", "m", "--output_dir", "out").notes == ()
 
 
 def test_a_number_of_warmup_steps_has_precedence_over_a_share() -> None:
@@ -116,8 +126,24 @@ def test_fsdp_and_deepspeed_reach_transformers() -> None:
         parse("--deepspeed", "no_such_config.json")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_not_installed(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    missing = "--deepspeed needs the library deepspeed, .*: pip install deepspeed"
+    for stage, message in ((2, missing), (3, "use stage 2")):
+        text = json.dumps({"zero_optimization": {"stage": stage}})
+        file.write_text(text)
+        for value in (str(file), text):
+            with pytest.raises(VeneerError, match=message):
+                parse("--deepspeed", value)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--lora_rr", "4"], "unknown flag --lora_rr; did you mean '--lora_r'?"),
+    (["--lora_rank", "4"], "unknown flag --lora_rank; did you mean '--lora_r'?"),
+    (["--local_rnk", "4"], "unknown flag --local_rnk; did you mean '--local_rank'?"),
+    (["--lr", "1", "--lora_alpa", "4"],
+     "unknown flag --lr; did you mean '--learning_rate'? unknown flag --lora_alpa; did you mean '--lora_alpha'?"),
     (["--lora_bias", "lora"], "--lora_bias is 'lora'; possible: none, all, lora_only"),
     (["--lora_r", "x"], "argument --lora_r/--lora-r: invalid int value: 'x'"),
     (["--lora_r", "0"], "--lora_r must be at least 1, got 0"),
@@ -142,6 +168,11 @@ def test_what_a_command_cannot_mean(words: list[str], message: str) -> None:
 def test_the_cli_tells_the_two_kinds_of_run_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "my.yaml", "--bf16", "True"]) == 2
     assert "the file 'my.yaml' belongs to a run from a YAML file, and --bf16 is a flag" in capsys.readouterr().err
+    for behind in (["--bf16", "True", "my.yaml"], ["--bf16", "my.yaml"], ["--lora_r", "4", "my.yaml", "--bf16", "True"],
+                   ["--lora_target_modules", "q_proj", "my.yaml"]):  # fmt: skip
+        assert main(["train", *behind]) == 2
+        assert (f"the file 'my.yaml' belongs to a run from a YAML file, and {behind[0]} is a flag of"
+                in capsys.readouterr().err)
     assert main(["train", "my.yaml", "--dryrun"]) == 2
     assert "unknown flag --dryrun; did you mean '--dry-run'?" in capsys.readouterr().err
     assert main(["train", "my.yaml", "--dry-run"]) == 2  # a run from a YAML file

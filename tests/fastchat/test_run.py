@@ -80,14 +80,14 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[ConversationTrainer]:
 
 @pytest.mark.parametrize("name", ["run_plain", "run_bias_all"])
 def test_files_are_those_of_the_original(project: Path, folders: dict[str, Path], name: str) -> None:
-    """The originals' arguments; its files but for the card of the model, and veneer.json besides."""
+    """The originals' arguments; its files but for the card of the model, and veneer.json and run.json besides."""
     expected = golden(name)
     base = folders["biases" if name == "run_bias_all" else "plain"]
     shutil.copytree(base, expected["adapter_config"]["base_model_name_or_path"])
     # our tokenizer has a token for each character, and needs more of them for the same text
     assert main(["train", *expected["argv"], "--model_max_length", "300"]) == 0
     files = sorted(path.name for path in Path(name).iterdir())
-    assert files == sorted({*expected["files"], "veneer.json"} - {"README.md"})
+    assert files == sorted({*expected["files"], "veneer.json", "run.json"} - {"README.md"})
     assert {key: list(tensor.shape) for key, tensor in tensors(name).items()} == expected["keys"]
     ours = config(name)
     theirs = {key: value for key, value in expected["adapter_config"].items() if key in ours and key != "peft_version"}
@@ -165,6 +165,12 @@ def test_unknown_targets_are_named(project: Path, folders: dict[str, Path], caps
     assert "o_proj" in error
 
 
+def test_names_of_targets_are_separated_by_spaces(
+    project: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words(folders["plain"], "--lora_target_modules", "q_proj,v_proj", "o_proj")) == 2
+    assert ("--lora_target_modules: names are separated by spaces: q_proj v_proj o_proj" in capsys.readouterr().err)
+
+
 def test_dropout_changes_the_run(project: Path, folders: dict[str, Path]) -> None:
     with_, without = (train(folders["plain"], "--lora_dropout", p, out=p) for p in ("0.5", "0.0"))
     assert not equal(tensors(with_), tensors(without))
@@ -204,6 +210,21 @@ def test_biases(project: Path, folders: dict[str, Path], tokenizer: Any, bias: s
         before = base.get_parameter(name)
         assert tensor.shape == before.shape
         assert "k_proj" in name or not torch.equal(tensor, before)  # softmax does not see the keys' bias
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_are_not_there_are_a_warning(
+    project: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str], bias: str) -> None:
+    where = "this model has no bias" if bias == "all" else "none of the adapted layers has a bias"
+    out = train(folders["plain"], "--lora_bias", bias)
+    assert f"warning: --lora_bias {bias}: {where}, so none is trained" in capsys.readouterr().out
+    assert config(out)["bias"] == "none"
+    train(folders["plain"], "--lora_weight_path", "out", "--lora_bias", bias, out="more")
+    assert f"warning: --lora_bias {bias}: {where}" in capsys.readouterr().out
+    train(folders["plain"], "--lora_weight_path", "out", out="silent")
+    train(folders["biases"], "--lora_bias", bias, out="some")
+    train(folders["biases"], "--lora_bias", "none", out="none")
+    assert "--lora_bias" not in capsys.readouterr().out
 
 
 def test_the_saved_adapter_is_the_trained_one(
@@ -285,6 +306,24 @@ def test_flags_that_contradict_the_adapter(
     assert message in capsys.readouterr().err
 
 
+def test_dropout_of_an_adapter_of_another_method(
+    project: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the method has dropout it may be another; where it has none, the flag is an error that says so."""
+    for method, name in ((veneer.LoHa(rank=2), "loha"), (veneer.DoRA(veneer.LoRA(rank=2)), "dora")):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folders["plain"])
+        veneer.attach(model, {"*.q_proj": method})
+        veneer.save(model, name)
+    assert main(words(folders["plain"], "--lora_weight_path", "loha", "--lora_dropout", "0.2")) == 2
+    error = capsys.readouterr().err
+    assert "--lora_dropout is 0.2, and the adapter of --lora_weight_path is LoHa(" in error
+    assert "which has no dropout; drop the flag" in error
+    train(folders["plain"], "--lora_weight_path", "loha", out="more")
+    assert "Adapter to go on from: loaded 2 weights, " in capsys.readouterr().out
+    other = train(folders["plain"], "--lora_weight_path", "dora", "--lora_dropout", "0.25", "--learning_rate", "0")
+    assert (config(other)["use_dora"], config(other)["lora_dropout"]) == (True, 0.25)
+    assert equal(tensors(other), tensors("dora"))
+
+
 def test_an_adapter_that_is_not_there(
     project: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(folders["plain"], "--lora_weight_path", "nowhere")) == 2
@@ -340,11 +379,22 @@ def test_lazy_preprocess_gives_the_same_run(
 
 def test_lazy_preprocess_passes_over_what_is_cut_away(
     project: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    write(project / "data.json", [conversation(f"long{i}", "x" * 400, "answer") for i in range(2)])
-    out = train(folders["plain"], "--model_max_length", "300", "--lazy_preprocess", "True", "--max_steps", "1")
-    assert losses(out) == [0.0]
+    rows = [conversation(f"long{i}", "x" * 400, "answer") for i in range(2)]
+    write(project / "data.json", [*rows, conversation("short", "say a", "A")])
+    flags = ["--model_max_length", "300", "--lazy_preprocess", "True", "--per_device_train_batch_size", "1"]
+    found = losses(train(folders["plain"], *flags))
+    assert (found.count(0.0), len(found)) == (2, 3)
     shown = capsys.readouterr().out
     assert shown.count("id 'long1' (data.json[row 2]) has no token of an answer within --model_max_length 300") == 1
+
+
+def test_lazy_preprocess_needs_a_row_that_teaches_something(
+    project: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    write(project / "data.json", [conversation(f"long{i}", "x" * 400, "answer") for i in range(2)])
+    assert main(words(folders["plain"], "--model_max_length", "300", "--lazy_preprocess", "True")) == 2
+    assert capsys.readouterr().err == ("veneer: error: no conversation in 'data.json' has a token of an answer within "
+                                       "--model_max_length 300 (2 are longer); raise it\n")
+    assert not Path("out").exists()
 
 
 def test_padding_side(project: Path, folders: dict[str, Path], built: list[ConversationTrainer]) -> None:

@@ -208,7 +208,8 @@ def test_an_adapter_of_another_model_is_refused_without_a_hint_for_python(
 
 def test_chat_switches_between_base_and_adapter(trained: Path, model_folder: Path) -> None:
     def chat(adapter: str | None) -> Chat:
-        options = argparse.Namespace(adapter=adapter, model=None, system=None, max_new_tokens=5)
+        options = argparse.Namespace(adapter=adapter, model=None, system=None, max_new_tokens=5,
+                                     conversation_template=None)
         return Chat(ModelSettings(name=str(model_folder)), options)
 
     bare, both = chat(None).answer("say aaa"), chat(str(trained))

@@ -13,7 +13,7 @@ import veneer
 from veneer.attached import attached
 from veneer.fastchat.arguments import LoraArguments
 from veneer.method import Method, VeneerError, VeneerWarning, nearest
-from veneer.methods import Full, LoRA
+from veneer.methods import DoRA, Full, LoRA
 from veneer.plan import Pattern
 from veneer.train.adapter_files import find_adapter
 from veneer.weights import Weight, scan
@@ -34,7 +34,7 @@ def attach_lora(model: nn.Module, lora: LoraArguments, given: Collection[str], s
         warnings.simplefilter("ignore", VeneerWarning)  # what the plan warns of stands in its text
         plan = veneer.plan(model, lora_rules(model, lora))
     veneer.attach(model, plan, name=NAME, seed=seed)
-    return str(plan)
+    return "\n".join([str(plan), *_no_bias(model, lora)])
 
 
 def lora_rules(model: nn.Module, lora: LoraArguments) -> dict[Pattern, Method | None]:
@@ -70,12 +70,18 @@ def _targets(weights: list[Weight], entries: list[str]) -> dict[str, list[str]]:
             hit = [name for name, weight in matrices.items() if weight.is_linear and not weight.is_head]
         else:
             hit = [name for name in matrices if name == entry or name.endswith(f".{entry}")]
+        if not hit and "," in entry:
+            raise VeneerError(f"--lora_target_modules: names are separated by spaces: {' '.join(_parts(entries))}")
         if not hit:
             ends = list(dict.fromkeys(name.rpartition(".")[2] for name in matrices))
             raise VeneerError(f"--lora_target_modules: no layer is named {entry!r}{nearest(entry, ends) or '.'} Layers "
                               f"here: {', '.join(ends)}, or {_ALL_LINEAR}")
         found[entry] = hit
     return found
+
+
+def _parts(entries: list[str]) -> list[str]:
+    return [part.strip() for entry in entries for part in entry.split(",") if part.strip()]
 
 
 def _union(targets: Mapping[str, list[str]]) -> set[str]:
@@ -87,6 +93,18 @@ def _biases(weights: list[Weight], which: str, modules: Collection[str]) -> list
     names = [weight.places[0].names[-1] for weight in weights]
     biases = [name for name in names if name.endswith(".bias") and which != "none"]
     return [name for name in biases if which == "all" or name.removesuffix(".bias") in modules]
+
+
+def _no_bias(model: nn.Module, lora: LoraArguments) -> list[str]:
+    """A warning where biases were asked for and there are none."""
+    weights = scan(model)
+    modules = {item.weight.places[0].module_name for item in attached(model, NAME)}
+    if lora.lora_bias == "none" or _biases(weights, lora.lora_bias, modules):
+        return []
+    where = "this model" if lora.lora_bias == "all" else "none of the adapted layers"
+    has = "has no bias" if lora.lora_bias == "all" else "has a bias"
+    return [f"warning: --lora_bias {lora.lora_bias}: {where} {has}, so none is trained, and the adapter's config has "
+            "bias: none"]
 
 
 # -- going on from an adapter -----------------------------------------------------------------------------
@@ -103,23 +121,32 @@ def _continued(model: nn.Module, lora: LoraArguments, given: Collection[str]) ->
         veneer.detach(model, NAME)
         veneer.attach(model, changed, name=NAME)
         report = veneer.load(model, path, name=NAME)
-    return "\n".join(filter(None, [remark, f"going on from {report}"]))
+    warned = _no_bias(model, lora) if "lora_bias" in given else []
+    return "\n".join(filter(None, [remark, f"Adapter to go on from: {report}", *warned]))
 
 
 def _with_dropout(method: Any, dropout: float) -> Method:
-    return dataclasses.replace(method, dropout=dropout) if isinstance(method, LoRA) else method
+    """Raises `VeneerError` for a method that has none."""
+    if isinstance(method, Full):  # a bias beside the pairs
+        return method
+    if isinstance(method, DoRA):
+        return DoRA(_with_dropout(method.inner, dropout))
+    if "dropout" not in {field.name for field in dataclasses.fields(method)}:
+        raise VeneerError(f"--lora_dropout is {dropout:g}, and the adapter of --lora_weight_path is {method}, which "
+                          "has no dropout; drop the flag")
+    return dataclasses.replace(method, dropout=dropout)
 
 
 def _check_given(model: nn.Module, methods: dict[str, Method | None], lora: LoraArguments,
                  given: Collection[str]) -> None:
     """Flags that say something else than the adapter does."""
     pairs = {name: method for name, method in methods.items() if not isinstance(method, Full)}
-    for flag in ("lora_r", "lora_alpha", "lora_dropout"):
+    for flag in ("lora_r", "lora_alpha"):
         for method in pairs.values() if flag in given else ():
             if not isinstance(method, LoRA):
                 raise _differs(flag, "given", f"{method}, which it does not describe")
-            there = {"lora_r": method.rank, "lora_alpha": method.scale * method.rank}.get(flag)
-            if there is not None and there != vars(lora)[flag]:
+            there = {"lora_r": method.rank, "lora_alpha": method.scale * method.rank}[flag]
+            if there != vars(lora)[flag]:
                 raise _differs(flag, vars(lora)[flag], f"{there:g}")
     weights = scan(model)
     modules = {name.removesuffix(".weight") for name in pairs}

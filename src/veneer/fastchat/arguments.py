@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import importlib.util
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -55,12 +58,35 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         if self.model_max_length < 1:
             raise VeneerError(f"--model_max_length must be at least 1, got {self.model_max_length}")
+        check_deepspeed(self.deepspeed)
         # said aloud: else bf16 is refused, and several CPU processes train side by side
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
         # one process drives one device: replicas made by DataParallel would not share the adapters' route
         self._n_gpu = min(self.n_gpu, 1)
+
+
+STAGE_3 = ("--deepspeed: stage 3 of ZeRO takes weights apart in a way that adapters in place do not know; use stage 2, "
+           "or --fsdp \"full_shard auto_wrap\", which shards the base too")
+
+
+def check_deepspeed(config: str | Mapping[str, Any] | None) -> None:
+    """Raise `VeneerError` for a configuration that is not taken, and where the library is missing, in this order: who
+    installs it first would be told afterwards that it was for nothing."""
+    if not config:
+        return
+    if isinstance(config, str):
+        try:
+            config = json.loads(config if config.lstrip().startswith("{") else Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            config = {}  # the library tells what is wrong with it, and has a third form
+    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
+    if isinstance(zero, Mapping) and zero.get("stage") == 3:
+        raise VeneerError(STAGE_3)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise VeneerError("--deepspeed needs the library deepspeed, which is not installed: pip install deepspeed, or "
+                          "drop the flag (a frozen base needs little beside its own memory; --fsdp shards that)")
 
 
 @dataclass
@@ -71,7 +97,8 @@ class LoraArguments:
     lora_alpha: int = field(default=16, metadata={"help": "The scale is lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
     lora_target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"], metadata={
-        "help": "Names of layers, or the ends of names; all-linear for every linear layer but the output head."})
+        "help": "Names of layers, or the ends of names, separated by spaces; all-linear for every linear layer but the "
+                "output head."})
     lora_weight_path: str = field(default="", metadata={"help": "An adapter to go on from."})
     lora_bias: str = field(default="none", metadata={
         "help": "Which biases are trained too: none, all, or lora_only (those of the adapted layers)."})
@@ -130,7 +157,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     not fit, one of the flags that belong to a YAML file, and what transformers' TrainingArguments refuses."""
     parser = _Parser(_PARTS, prog="veneer train", allow_abbrev=False)
     known = {text for action in parser._actions for text in action.option_strings}
-    loose, flags = split(argv)
+    loose, flags = split(argv, _switches(parser))
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
     flags, notes = renewed(flags, names)
     foreign_flags(loose, flags, known)
@@ -145,7 +172,22 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise VeneerError(f"{rest[0]!r} is the value of no flag; a flag takes one value, and only "
                           "--lora_target_modules and a few others take several")
     model, data, training, lora, own = parts
-    return Arguments(model=model, data=data, training=training, lora=lora, own=own, given=_given(flags), notes=notes)
+    given = _given(flags)
+    return Arguments(model=model, data=data, training=training, lora=lora, own=own, given=given,
+                     notes=(*notes, *_taken(model, training, given)))
+
+
+def _switches(parser: _Parser) -> set[str]:
+    """Names of the flags that are True or False."""
+    return {text.lstrip("-").replace("-", "_") for action in parser._actions for text in action.option_strings
+            if action.const is not None or action.nargs == 0}
+
+
+def _taken(model: ModelArguments, training: TrainingArguments, given: Collection[str]) -> tuple[str, ...]:
+    """Where a default decides something that nobody would guess."""
+    found = {"model_name_or_path": f"{model.model_name_or_path}, FastChat's default, is taken",
+             "output_dir": f"everything is written to {training.output_dir!r}, transformers' default"}
+    return tuple(f"--{name} is not given: {text}" for name, text in found.items() if name not in given)
 
 
 def _given(flags: Sequence[Flag]) -> frozenset[str]:

@@ -141,10 +141,10 @@ def report(problems: Sequence[Problem], total: int, path: str) -> str:
     return "\n  ".join([f"{len(problems)} of {total} conversations in {path!r} cannot be used:", *shown, *more])
 
 
-def vicuna_text(turns: Sequence[tuple[str, str]], end: str = END) -> tuple[str, list[Span]]:
+def vicuna_text(turns: Sequence[tuple[str, str]], end: str = END, system: str = SYSTEM) -> tuple[str, list[Span]]:
     """The conversation in the Vicuna template, and the character spans that are trained on: from the space before an
     answer, which a model that was asked has to say too, to its end marker."""
-    text = SYSTEM + " "
+    text = system + " "
     spans = []
     for request, answer in turns:
         text += f"{USER}: {request} {ASSISTANT}:"
@@ -152,6 +152,15 @@ def vicuna_text(turns: Sequence[tuple[str, str]], end: str = END) -> tuple[str, 
         text += f" {answer}{end}"
         spans.append((begin, len(text)))
     return text, spans
+
+
+def vicuna_prompt(messages: Sequence[Mapping[str, str]], end: str = END, system: str | None = None) -> str:
+    """What a model is asked with in the Vicuna template: `messages` from user and assistant in turn, the last one from
+    the user. system: instead of the template's own message."""
+    texts = [message["content"] for message in messages]
+    turns = list(zip(texts[:-1:2], texts[1::2], strict=True))
+    text, _ = vicuna_text(turns, end, SYSTEM if system is None else system)
+    return f"{text}{USER}: {texts[-1]} {ASSISTANT}:"
 
 
 def end_marker(tokenizer: Any) -> str:

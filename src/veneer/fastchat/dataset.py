@@ -55,6 +55,17 @@ class LazyConversations(Dataset):
         return self.cached[index]
 
 
+    def first_trained(self) -> int | None:
+        """The place of the first conversation that teaches anything; None where all are cut away. Those before it are
+        not kept, so that they are told of when training meets them."""
+        for index, conversation in enumerate(self.conversations):
+            one = self.encode(conversation)
+            if one is not None:
+                self.cached[index] = _item(one)
+                return index
+        return None
+
+
 def _item(one: Encoded) -> Item:
     return {"input_ids": one.input_ids, "attention_mask": [1] * len(one), "labels": one.labels}
 

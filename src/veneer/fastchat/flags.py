@@ -25,10 +25,22 @@ _OF_FSDP = {"fsdp_transformer_layer_cls_to_wrap": "transformer_layer_cls_to_wrap
             "fsdp_min_num_params": "min_num_params"}
 # flags without an effect today → why
 _IDLE = {
-    "overwrite_output_dir": "nothing asks for it; a checkpoint in the output directory is always gone on from",
+    "overwrite_output_dir": "nothing asks for it; a checkpoint in the output directory is gone on from, unless "
+                            "--resume_from_checkpoint False starts anew",
     "save_safetensors": "adapters are always saved as safetensors",
     "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR has taken its place",
 }
+# names that other tools have → the flag that is likely meant, where the letters come nearest to another one
+_ELSEWHERE = {
+    "lora_rank": "lora_r", "rank": "lora_r", "r": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+    "lora_target": "lora_target_modules", "target": "lora_target_modules", "lora_modules": "lora_target_modules",
+    "bias": "lora_bias", "adapter": "lora_weight_path", "adapter_name_or_path": "lora_weight_path",
+    "model": "model_name_or_path", "model_name": "model_name_or_path", "base": "model_name_or_path",
+    "dataset": "data_path", "data": "data_path", "load_in_4bit": "q_lora", "quantize": "q_lora",
+    "lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
+    "max_length": "model_max_length", "max_seq_length": "model_max_length", "cutoff_len": "model_max_length",
+    "template": "conversation_template", "output": "output_dir",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,12 @@ class Flag:
     written: str = ""  # as it stood in the command
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[Flag]]:
-    """(the words before the first flag, the flags)."""
+def split(argv: Sequence[str], switches: Collection[str] = ()) -> tuple[list[str], list[Flag]]:
+    """(the words that are of no flag, the flags).
+
+    switches: names of flags that are True or False. A YAML file is of no flag behind those, nor behind the value of
+    another: a command means the same in any order.
+    """
     loose: list[str] = []
     flags: list[Flag] = []
     for word in argv:
@@ -49,11 +65,15 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[Flag]]:
             written, equals, value = word.partition("=")
             name = "help" if written == "-h" else written[2:].replace("-", "_")
             flags.append(Flag(name, (value,) if equals else (), written))
-        elif flags:
+        elif flags and not (_is_yaml(word) and (flags[-1].values or flags[-1].name in switches)):
             flags[-1] = replace(flags[-1], values=(*flags[-1].values, word))
         else:
             loose.append(word)
     return loose, flags
+
+
+def _is_yaml(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
 
 
 def joined(flags: Sequence[Flag]) -> list[str]:
@@ -139,12 +159,16 @@ def foreign_flags(loose: Sequence[str], flags: Sequence[Flag], known: Collection
     of_yaml = [flag.written for flag in unknown if "--" + flag.name.replace("_", "-") in YAML_FLAGS]
     other = [flag.written for flag in unknown if flag.written not in of_yaml]
     if other:
-        hint = nearest(other[0], [*known, *YAML_FLAGS]) or "."
-        more = f" (and {', '.join(other[1:])})" if len(other) > 1 else ""
-        raise VeneerError(f"unknown flag {other[0]}{more}{hint} `veneer train --model_name_or_path X "
-                          "--help` lists FastChat's flags and transformers', `veneer train --help` those beside a YAML "
-                          "file")
+        told = " ".join(f"unknown flag {written}{_likely(written, known) or '.'}" for written in other)
+        raise VeneerError(f"{told} `veneer train --model_name_or_path X --help` lists FastChat's flags and "
+                          "transformers', `veneer train --help` those beside a YAML file")
     if (loose or of_yaml) and mine:
         what = f"the file {loose[0]!r}" if loose else of_yaml[0]
         raise VeneerError(f"{what} belongs to a run from a YAML file, and {mine[0]} is a flag of "
                           "FastChat's; give either the YAML file (with --set for single settings) or the flags")
+
+
+def _likely(written: str, known: Collection[str]) -> str:
+    """What is likely meant by an unknown flag, as `nearest` says it."""
+    name = _ELSEWHERE.get(written.lstrip("-").replace("-", "_"))
+    return f"; did you mean '--{name}'?" if name else nearest(written, [*known, *YAML_FLAGS])

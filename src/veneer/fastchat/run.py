@@ -11,7 +11,7 @@ import transformers
 
 import veneer
 from veneer.fastchat.adapter import NAME, attach_lora
-from veneer.fastchat.arguments import Arguments, parse_arguments
+from veneer.fastchat.arguments import STAGE_3, Arguments, parse_arguments
 from veneer.fastchat.conversation import (
     Conversation,
     ConversationEncoder,
@@ -21,8 +21,10 @@ from veneer.fastchat.conversation import (
     report,
 )
 from veneer.fastchat.dataset import ConversationCollator, LazyConversations, cut_away, encode_all
+from veneer.fastchat.resuming import checkpoint, record, steps_of, warnings_of
 from veneer.fastchat.trainer import ConversationTrainer, compute_dtype
 from veneer.method import VeneerError
+from veneer.train.adapter_files import read_record
 from veneer.train.console import Console, is_first_process
 from veneer.train.encode import Encoder
 from veneer.train.extras import require
@@ -52,13 +54,16 @@ def train(arguments: Arguments) -> Any:
         console.say(note, style="yellow")
     _check(arguments)
     settings = model_settings(arguments)
+    resumed = checkpoint(arguments.training)
+    for line in warnings_of(_record(arguments), arguments.training.output_dir, resumed):
+        console.say(line, style="yellow")
     before = load_model(settings) if is_gguf(settings) else load_structure(settings)
     data = _Data(arguments, before.tokenizer, console).load()
     loaded = before if is_gguf(settings) else load_model(settings, like=before)
     _say_model(console, loaded, arguments)
     _make_ready(loaded.model, arguments)
     console.say(attach_lora(loaded.model, arguments.lora, arguments.given, arguments.training.seed))
-    return _run(loaded, data, arguments, console)
+    return _run(loaded, data, arguments, console, resumed)
 
 
 # -- the model --------------------------------------------------------------------------------------------
@@ -71,6 +76,10 @@ def model_settings(arguments: Arguments) -> ModelSettings:
         trust_remote_code=arguments.model.trust_remote_code, cache_dir=arguments.training.cache_dir,
         quantize={"scheme": "nf4", "double": True} if arguments.lora.q_lora else None,
     )  # fmt: skip
+
+
+def _record(arguments: Arguments) -> dict[str, Any]:
+    return record(model_settings(arguments), arguments.own.conversation_template)
 
 
 def _attention(training: Any) -> Any:
@@ -127,6 +136,8 @@ class _Data:
         self.console.say(f"Data: {len(train)} conversations, {len(heldout)} held out")
         if data.lazy_preprocess:
             made: Any = LazyConversations(train, self.encode, self.tokenizer.pad_token_id, self._tell)
+            if made.first_trained() is None:
+                raise self._all_cut_away(str(data.data_path), len(train))
         else:
             made = self._encoded(train, str(data.data_path))
         return _Sets(made, self._encoded(heldout, str(data.eval_data_path)) if heldout else None)
@@ -145,11 +156,14 @@ class _Data:
     def _encoded(self, conversations: list[Conversation], path: str) -> Any:
         items, empty = encode_all(conversations, self.encode)
         if not items:
-            raise DataError(f"no conversation in {path!r} has a token of an answer within --model_max_length "
-                            f"{self.length} ({len(empty)} are longer); raise it")
+            raise self._all_cut_away(path, len(empty))
         if empty:
             self.console.say(cut_away(empty, self.length, path), style="yellow")
         return items
+
+    def _all_cut_away(self, path: str, count: int) -> DataError:
+        return DataError(f"no conversation in {path!r} has a token of an answer within --model_max_length "
+                         f"{self.length} ({count} are longer); raise it")
 
     def _tell(self, label: str) -> None:
         self.console.say(f"{label} has no token of an answer within --model_max_length {self.length} and teaches "
@@ -170,20 +184,24 @@ def _check(arguments: Arguments) -> None:
         raise VeneerError(f"--output_dir {str(path)!r}: {str(there)!r} is a file, not a directory")
 
 
-def _run(loaded: Loaded, data: _Sets, arguments: Arguments, console: Console) -> Any:
+def _run(loaded: Loaded, data: _Sets, arguments: Arguments, console: Console, resumed: str | None) -> Any:
     training = arguments.training
     pad_id = loaded.tokenizer.pad_token_id
-    checkpoint = _checkpoint(training)
     try:
         trainer = ConversationTrainer(
-            loaded.model, training, train_dataset=data.train, eval_dataset=data.heldout,
+            loaded.model, training, record=_record(arguments), train_dataset=data.train, eval_dataset=data.heldout,
             data_collator=ConversationCollator(pad_id, arguments.model.padding_side), processing_class=loaded.tokenizer,
         )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:  # arguments that it refuses, libraries that they need
         raise VeneerError(str(error)) from error
-    if checkpoint:
-        console.say(f"Going on from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if resumed:
+        console.say(f"Going on from {resumed}")
+    result = trainer.train(resume_from_checkpoint=resumed)
+    if resumed and result.global_step == steps_of(resumed):
+        trainer.record = read_record(Path(resumed)) or trainer.record  # the adapter is still that run's
+        console.say(f"{resumed} is at {result.global_step} of {trainer.state.max_steps} steps already: nothing was "
+                    "trained. More --max_steps or --num_train_epochs train on, --resume_from_checkpoint False starts "
+                    "anew", style="yellow")
     if data.heldout is not None and not _evaluates(training):
         # held-out conversations that were never looked at would be of no use
         console.say(f"Held-out loss: {trainer.evaluate()['eval_loss']:.4f}")
@@ -198,27 +216,10 @@ def check_sharding(training: Any) -> None:
     """What would shard nothing, or more than an adapter's files can be gathered from."""
     if training.fsdp and training.use_cpu:  # accelerate would leave the model whole, without a word
         raise VeneerError("--fsdp shards a model over accelerators, and this run is on the CPU; drop it")
-    if training.deepspeed and training.hf_deepspeed_config.is_zero3():
-        raise VeneerError("--deepspeed: stage 3 of ZeRO takes weights apart in a way that adapters in place do not "
-                          "know; use stage 2, or --fsdp \"full_shard auto_wrap\", which shards the base too")
+    if training.deepspeed and training.hf_deepspeed_config.is_zero3():  # in a form that nobody could read before
+        raise VeneerError(STAGE_3)
 
 
 def _evaluates(training: Any) -> bool:
     """Whether it does so while it trains."""
     return str(training.eval_strategy.value) != "no"
-
-
-def _checkpoint(training: Any) -> str | None:
-    """The checkpoint to go on from: the one named, or the last in the output directory. Raises `VeneerError`."""
-    named = training.resume_from_checkpoint
-    if named is not None and str(named).lower() not in ("true", "false"):
-        if not Path(named).is_dir():
-            raise VeneerError(f"--resume_from_checkpoint: there is no checkpoint at {named!r}")
-        return str(named)
-    if str(named).lower() == "false":
-        return None
-    there = Path(training.output_dir).is_dir()
-    last = transformers.trainer_utils.get_last_checkpoint(training.output_dir) if there else None
-    if last is None and named is not None:
-        raise VeneerError(f"--resume_from_checkpoint: {training.output_dir!r} has no checkpoint")
-    return last

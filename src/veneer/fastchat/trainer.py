@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from veneer.train.adapter_checkpoints import AdapterCheckpoints, GradientGuard
+from veneer.train.adapter_files import write_record
 from veneer.train.encode import IGNORED
 
 
@@ -18,7 +20,10 @@ class ConversationTrainer(AdapterCheckpoints):
 
     remedies = "a lower --learning_rate, more warmup, --bf16 True or neither instead of --fp16 True"
 
-    def __init__(self, model: nn.Module, arguments: transformers.TrainingArguments, **options: Any) -> None:
+    def __init__(self, model: nn.Module, arguments: transformers.TrainingArguments, *, record: Mapping[str, Any],
+                 **options: Any) -> None:
+        """record: what is written beside every adapter that is saved, for those who use it."""
+        self.record = record
         super().__init__(model=model, args=arguments, **options)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # there gradients are spread over processes
             self.add_callback(GradientGuard(self))
@@ -35,6 +40,7 @@ class ConversationTrainer(AdapterCheckpoints):
 
     def save_adapter(self, path: Path) -> Any:
         report = super().save_adapter(path)
+        write_record(path, self.record)
         if path.resolve() != Path(self.args.output_dir).resolve() and isinstance(self.processing_class,
                                                                                  transformers.PreTrainedTokenizerBase):
             self.processing_class.save_pretrained(path)

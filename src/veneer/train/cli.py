@@ -64,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--adapter", help="a saved adapter or a run's folder; without it the bare model answers")
     _base_arguments(chat)
     chat.add_argument("--system", help="system message")
+    chat.add_argument("--conversation-template", metavar="NAME",
+                      help="how requests are written: vicuna, or model for the model's chat template; default: as in "
+                           "training, else model")
     chat.add_argument("--prompt", help="answer this once and stop")
     chat.add_argument("--max-new-tokens", type=int, default=256)
     chat.set_defaults(run=_chat)
@@ -186,12 +189,24 @@ def _adapter(path: str) -> str:
     return found
 
 
+def _base(arguments: argparse.Namespace) -> Any:
+    """The base model's settings; `arguments.adapter` becomes the adapter that it means."""
+    from veneer.train.serve import base_settings, held_otherwise
+
+    if arguments.adapter is None:
+        return base_settings(None, arguments.model, arguments.dtype)
+    arguments.adapter = _adapter(arguments.adapter)
+    settings = base_settings(arguments.adapter, arguments.model, arguments.dtype)
+    remark = held_otherwise(arguments.adapter, settings)
+    if remark:
+        print(remark, file=sys.stderr)
+    return settings
+
+
 def _merge(arguments: argparse.Namespace) -> int:
     from veneer.train.merging import merge_to_folder
-    from veneer.train.serve import base_settings
 
-    arguments.adapter = _adapter(arguments.adapter)
-    path = merge_to_folder(base_settings(arguments.adapter, arguments.model, arguments.dtype), arguments)
+    path = merge_to_folder(_base(arguments), arguments)
     print(f"merged model: {path}")
     return 0
 
@@ -204,11 +219,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from veneer.train.serve import Chat, base_settings
+    from veneer.train.serve import Chat
 
-    if arguments.adapter is not None:
-        arguments.adapter = _adapter(arguments.adapter)
-    chat = Chat(base_settings(arguments.adapter, arguments.model, arguments.dtype), arguments)
+    chat = Chat(_base(arguments), arguments)
     if arguments.prompt is not None:
         print(chat.answer(arguments.prompt))
         return 0

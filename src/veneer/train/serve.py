@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 import veneer
-from veneer.method import VeneerError
+from veneer.method import VeneerError, nearest
+from veneer.train import quantised
 from veneer.train.adapter_files import named_base, run_config
 from veneer.train.encode import Encoder
 from veneer.train.extras import require
@@ -46,6 +47,17 @@ def base_settings(adapter: str | None, model: str | None, dtype: str | None) -> 
     return build(ModelSettings, values, "model")
 
 
+def held_otherwise(adapter: str, settings: ModelSettings) -> str:
+    """One line for the user where these settings, of a base that the user named, hold it in another number of bits than
+    the run that trained the adapter; else empty."""
+    config = run_config(adapter)
+    then = None if config is None else config["model"].get("quantize")
+    if then is None or settings.quantize is not None:
+        return ""
+    return (f"the adapter was trained over a base held as {quantised.parse(then)[0]}, and {settings.name} is taken as "
+            "it is: the adapter made up for rounding that is not there. Without --model it is held as it was then")
+
+
 def of_base(load: Callable[[ModelSettings], T], settings: ModelSettings, arguments: argparse.Namespace) -> T:
     """What `load` gives; where the user did not name the base and it cannot be found, the error says how to."""
     try:
@@ -65,6 +77,7 @@ class Chat:
         self.model: Any = loaded.model
         self.tokenizer = loaded.tokenizer
         self.encoder = Encoder(tokenizer=loaded.tokenizer)
+        self.template = _template(arguments, loaded.tokenizer)
         self.limit = arguments.max_new_tokens
         self.system = arguments.system if arguments.system is not None else _trained_system(arguments.adapter)
         self.messages: list[dict[str, str]] = []
@@ -77,10 +90,7 @@ class Chat:
     def answer(self, text: str, streamer: Any = None) -> str:
         """The greedy answer to `text` after the conversation so far, which it becomes part of."""
         self.messages.append({"role": "user", "content": text})
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        placeholder = {"role": "assistant", "content": ""}
-        example = Example(place="chat", form="messages", messages=(*system, *self.messages, placeholder))
-        ids = torch.tensor([self.encoder.prompt_ids(example)], device=self.model.device)
+        ids = torch.tensor([self.encoder.prompt_ids(self._request())], device=self.model.device)
         if self.has_adapter and not self.adapted:
             with veneer.disabled(self.model):
                 out = self._generate(ids, streamer)
@@ -89,6 +99,17 @@ class Chat:
         reply = self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
         self.messages.append({"role": "assistant", "content": reply})
         return reply
+
+    def _request(self) -> Example:
+        """The conversation so far, as the model is asked with it."""
+        if self.template == "vicuna":
+            from veneer.fastchat.conversation import end_marker, vicuna_prompt
+
+            prompt = vicuna_prompt(self.messages, end_marker(self.tokenizer), self.system)
+            return Example(place="chat", form="prompt", prompt=prompt)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        placeholder = {"role": "assistant", "content": ""}
+        return Example(place="chat", form="messages", messages=(*system, *self.messages, placeholder))
 
     def _generate(self, ids: torch.Tensor, streamer: Any) -> torch.Tensor:
         with torch.inference_mode():
@@ -100,6 +121,8 @@ class Chat:
     def loop(self) -> None:
         """Read lines until the end of input."""
         transformers = require("transformers", "veneer chat")
+        if self.template != "model":
+            print(f"conversation template: {self.template}", file=sys.stderr)
         print(_HELP, file=sys.stderr)
         while True:
             try:
@@ -125,6 +148,23 @@ class Chat:
             self.adapted = line == "/adapter"
             return f"now answering: {'the adapter' if self.adapted else 'the bare model'}"
         return f"unknown command {line}. {_HELP}"
+
+
+def _template(arguments: argparse.Namespace, tokenizer: Any) -> str:
+    """How requests are written: as the user says, else as in training, else by the tokenizer's chat template. Raises
+    `VeneerError` where it has none."""
+    from veneer.fastchat.arguments import TEMPLATES
+
+    named = arguments.conversation_template
+    trained = None if arguments.adapter is None else (run_config(arguments.adapter) or {}).get("conversation_template")
+    template = named or trained or "model"
+    if template not in TEMPLATES:
+        raise VeneerError(f"--conversation-template is {template!r}; possible: {', '.join(TEMPLATES)}"
+                          f"{nearest(str(template), TEMPLATES)}")
+    if template == "model" and not tokenizer.chat_template:
+        raise VeneerError("veneer chat writes requests by the tokenizer's chat template, and this model's has none; "
+                          "--conversation-template vicuna needs none, and is right for adapters that FastChat trained")
+    return template
 
 
 def _trained_system(adapter: str | None) -> str | None:
