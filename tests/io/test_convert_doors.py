@@ -53,7 +53,8 @@ LOSSY = [
     ({"block.0": LoRA(rank=2, bias=True)}, "modelopt", "ModelOpt has no added bias"),
     ({"block.0": LoRA(rank=2, dtype="float64")}, "modelopt", "ModelOpt has bfloat16, float16, float32"),
     ({"block.0": LoRA(rank=2), "head": LoHa(rank=2)}, "peft", "a PEFT file has one method"),
-    ({"block.0": DoRA(LoHa(rank=2))}, "peft", "which PEFT does not have"),
+    ({"block.0": LoHa(rank=2), "embed": LoHa(rank=2)}, "peft", r"\(veneer\.to_lora\(model\) makes plain LoRA of it"),
+    ({"block.0": DoRA(LoHa(rank=2))}, "peft", r"which PEFT does not have \(veneer\.to_lora\(model\) makes"),
 ]
 
 

@@ -12,7 +12,7 @@ from veneer.formats.base import known
 from veneer.formats.content import FORMATS, Content
 from veneer.formats.read import MODELOPT_STATE, detect, modelopt_modes, read
 from veneer.formats.write import targets, write
-from veneer.io.dialects.hf_base import Inexpressible
+from veneer.io.dialects.hf_base import Inexpressible, way_out
 from veneer.io.dialects.lycoris import PREFIXES
 from veneer.method import VeneerError, nearest
 
@@ -73,8 +73,10 @@ def convert_file(source: str | Path, target: str | Path, to: str, base: str | Pa
     try:
         written = write(content, target, to, name, prefix)
     except Inexpressible as no:
-        raise VeneerError(f"convert: {source} cannot be converted to {to}, which would lose this: {no}. Nothing was "
-                          "written") from None
+        # PEFT has the other methods, but not on all kinds of layers and not beside each other.
+        hints = (way_out(record.method, with_dora=True) for record in content.records if to == "peft")
+        raise VeneerError(f"convert: {source} cannot be converted to {to}, which would lose this: {no}"
+                          f"{next(filter(None, hints), '')}. Nothing was written") from None
     count = sum(tensor.numel() for record in content.records for tensor in record.tensors.values())
     return ConvertReport(source, target, form, to, written.files, written.bytes, len(content.records), count,
                          tuple(dict.fromkeys([*content.notes, *written.notes])))
