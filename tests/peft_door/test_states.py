@@ -324,6 +324,7 @@ def test_parameters_are_those_that_have_names() -> None:
     assert len(list(model.parameters())) == len(list(model.named_parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:modules_to_save")
 def test_what_cannot_be_saved_is_said_at_once(tmp_path: Path) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -80,6 +80,27 @@ def test_sharded_by_fsdp_every_parameter_is_trained(model: Any, process: None) -
     assert not torch.equal(output(sharded), before)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["lora", "dora", "whole"], indirect=True)
+def test_sharded_by_fsdp_block_by_block(model: Any, process: None) -> None:
+    import functools
+
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    want = output(model).detach()
+    kinds = {type(model.get_base_model().model.layers[0])}
+    policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=kinds)
+    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"),
+                                       auto_wrap_policy=policy)
+    assert torch.allclose(output(sharded), want, atol=1e-6)
+    params = [param for param in sharded.parameters() if param.requires_grad]
+    old = [param.detach().clone() for param in params]
+    output(sharded).sum().backward()
+    torch.optim.SGD(params, lr=1.0).step()
+    assert not [i for i, (a, b) in enumerate(zip(params, old, strict=True)) if torch.equal(a, b)]
+
+
 @pytest.mark.parametrize("model", ["lora", "dora", "loha"], indirect=True)
 def test_sharded_by_fully_shard_every_parameter_is_trained(model: Any, process: None) -> None:
     from torch.distributed.fsdp import fully_shard

@@ -160,9 +160,14 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: Mapping[s
     for text in report.problems:
         if _ROUNDED in text:
             warnings.warn(text.replace("would be", "was"), stacklevel=2)
-    copies = file_type(config).repeated
+    known = {*file_type(config).repeated, *(name for name, _ in base.named_parameters(remove_duplicate=False))}
     return LoadResult([key for key in own if key not in given],
-                      [key for key in given if key not in own and key.rpartition(".")[2] not in copies])
+                      [key for key in given if key not in own and not {key.rpartition(".")[2], _of_base(key)} & known])
+
+
+def _of_base(key: str) -> str:
+    """A key of PEFT's as the name of a base parameter, of which its files may have some (embeddings)."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", key.removeprefix(PREFIX))
 
 
 def dressed(config: PeftConfig) -> Dress:
@@ -194,7 +199,8 @@ def load_peft_weights(model_id: str, device: str | None = None, key_mapping: dic
     """The tensors of an adapter's file, as they are. A pickle file is read as tensors alone."""
     folder = local_folder(model_id, **hf_hub_download_kwargs)
     if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(f"no adapter_model.safetensors in {folder}")
+        raise ValueError(f"no adapter_model.safetensors in {folder}; a .bin file is read by "
+                         "PeftModel.from_pretrained(…, allow_pickle=True) alone")
     tensors, _ = read_tensors(folder / "adapter_model.safetensors")
     for pattern, new in (key_mapping or {}).items():
         tensors = {re.sub(pattern, new, key): tensor for key, tensor in tensors.items()}

@@ -136,6 +136,8 @@ class ShownDict(nn.ModuleDict):
         super().__setattr__(name, value)
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
+        if self._modules.get(key) is module:  # wrappers that walk a model put back what they do not wrap
+            return
         raise TypeError(f"a module put here would be lost, as what a layer shows of its adapters is made anew at each "
                         f"look; assign to layer.…[{key!r}].weight, or add an adapter")
 

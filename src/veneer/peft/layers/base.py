@@ -67,6 +67,12 @@ class BaseTunerLayer(Host):
                 state_dict[prefix + part.path] = state_dict.pop(prefix + part.shown)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and name not in self._modules and "veneer" in self.__dict__:
+            if name in tree(self):
+                return  # wrappers that walk a model put back what they do not wrap
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         return describe(self)
 
