@@ -68,9 +68,9 @@ class BaseTunerLayer(Host):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module) and name not in self._modules and "veneer" in self.__dict__:
-            if name in tree(self):
-                return  # wrappers that walk a model put back what they do not wrap
+        new = isinstance(value, nn.Module) and name not in self._modules and "veneer" in self.__dict__
+        if new and name in tree(self):
+            return  # wrappers that walk a model put back what they do not wrap
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
