@@ -15,7 +15,7 @@ from veneer.method import VeneerError
 from veneer.storage import packed_storage
 from veneer.storage.quantizer_flags import forget_quantizer
 from veneer.storage.requantise import Requantised, surviving
-from veneer.weights import base_modules
+from veneer.weights import base_modules, foreign
 from veneer.wrappers import unwrap
 
 _ALTERNATIVES = ("merge into ordinary 16-bit numbers (requantize=False), quantise those into more bits than before, or "
@@ -80,11 +80,12 @@ def merge(model: nn.Module, names: str | Iterable[str] | None = None, keep: bool
         if not report.share >= at_least:
             raise VeneerError(f"merge: {report}. That is below at_least={at_least}, so nothing was merged. Instead: "
                               f"{_ALTERNATIVES}")
+    packed = any(packed_storage(host) is not None for _, host, values in todo if "weight" in values)
     for _, host, values in todo:
         for param, value in values.items():
             host.write(param, value, keep)
         host.veneer.merged = tuple(n for n in wanted if n in host.adapters)
-    if not keep and not any(packed_storage(module) for _, module in base_modules(model)):
+    if packed and not keep and not any(packed_storage(m) for _, m in base_modules(model)) and not foreign(model):
         forget_quantizer(unwrap(model))
     return model
 

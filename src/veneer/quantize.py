@@ -15,7 +15,7 @@ from veneer.plan import Pattern, hits, no_hit
 from veneer.storage import STORAGES, Storage, packed_storage
 from veneer.storage.quantizer_flags import forget_quantizer
 from veneer.storage.recent import RECENT
-from veneer.weights import Weight, base_modules, scan
+from veneer.weights import Weight, base_modules, foreign, scan
 from veneer.wrappers import unwrap
 
 
@@ -101,7 +101,8 @@ def dequantize(model: nn.Module) -> int:
     for _, module, storage in packed:
         module.__class__ = storage.unpack(module, storage.read(module))
         RECENT.forget(module)
-    forget_quantizer(unwrap(model))
+    if packed and not foreign(model):
+        forget_quantizer(unwrap(model))
     return len(packed)
 
 

@@ -176,7 +176,7 @@ def test_a_merge_that_fails_leaves_what_was_merged(names: list[str]) -> None:
 def test_copies_of_one_module_are_not_merged_together() -> None:
     model = get_peft_model(nets.decoder(), config(modules_to_save=["lm_head"]))
     model.add_adapter("b", config(modules_to_save=["lm_head"]))
-    with pytest.raises(ValueError, match="default, b each have copies of modules"):
+    with pytest.raises(ValueError, match="'default' and 'b' each have a trained copy of 'lm_head'"):
         model.merge_and_unload(adapter_names=["default", "b"])
     assert list(model.peft_config) == ["default", "b"]
 
@@ -339,3 +339,52 @@ def test_what_cannot_be_saved_is_said_at_once(tmp_path: Path) -> None:
     other = Net()
     other.load_state_dict(model.get_base_model().state_dict(), strict=False)
     veneer.load(other, tmp_path)
+
+
+# -- what is assigned stays -----------------------------------------------------------------------------------
+def test_assigned_parameters_are_the_adapters() -> None:
+    model = get_peft_model(nets.decoder(), config(use_dora=True, modules_to_save=["lm_head"]))
+    shaken(model)
+    layer, head = model.base_model.model.model.layers[0].self_attn.q_proj, model.base_model.model.lm_head
+    assert "modules_to_save" in repr(model)
+    layer.lora_magnitude_vector["default"].weight = nn.Parameter(torch.ones(16))
+    assert torch.equal(layer.lora_magnitude_vector["default"].weight, torch.ones(16))
+    head.modules_to_save["default"].weight = nn.Parameter(torch.zeros(40, 16))
+    assert not output(model).any()
+    biased = get_peft_model(nets.encoder(), config(target_modules=["query"], lora_bias=True,
+                                                   modules_to_save=["classifier"]))
+    query = biased.base_model.model.bert.encoder.layer[0].attention.self.query
+    query.lora_B["default"].bias = nn.Parameter(torch.ones(16))
+    assert torch.equal(query.lora_B["default"].bias, torch.ones(16))
+    classifier = biased.base_model.model.classifier
+    classifier.modules_to_save["default"].bias = nn.Parameter(torch.full((3,), 5.0))
+    x = torch.zeros(1, 16)
+    assert torch.equal(classifier(x), torch.full((1, 3), 5.0))
+
+
+def test_parameters_of_two_adapters_come_in_the_order_of_their_names() -> None:
+    model = get_peft_model(nets.decoder(), config(), "a")
+    model.add_adapter("b", config(use_dora=True, target_modules=["q_proj", "down_proj"]))
+    assert [id(p) for p in model.parameters()] == [id(p) for _, p in model.named_parameters()]
+
+
+def test_replicas_can_take_the_place_of_what_is_shown() -> None:
+    """torch.nn.parallel.replicate assigns a copy of every module to its parent's."""
+    model = get_peft_model(nets.decoder(), config())
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            setattr(module, name, child)
+    output(model)
+
+
+def test_a_layer_whose_merge_fails_keeps_what_was_merged() -> None:
+    model = get_peft_model(nets.decoder(), config())
+    shaken(model)
+    model.add_adapter("b", config())
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_A["b"].weight.fill_(torch.nan)
+    layer.merge()
+    with pytest.raises(ValueError, match="nothing was merged"):
+        layer.merge(adapter_names=["b"])
+    assert layer.merged_adapters == ["default"]

@@ -33,9 +33,9 @@ from veneer.weights import Weight, moved, original
 _TOTAL, _LEAST, _MOST = 4096, 8, 256
 #: cosine between samples of one weight held in two ways: 4 bits give 0.99, 2 bits 0.9, another model about 0
 _ALIKE = 0.7
-#: the same between two that are packed in one way. Of normal numbers: NF4 from bf16 and from fp16 0.9997, with and
-#: without quantised scales 0.99999, NF2 from both 0.998; NF4 of a model and of one 5% away from it 0.994
-_NEARLY = 0.995
+#: the same of all weights together that are packed in one way, and of each by itself. Of normal numbers: NF4 from bf16
+#: and from fp16 0.9997, with and without quantised scales 0.99999; of a model and one 2% away from it 0.9975
+_NEARLY, _EACH = 0.999, 0.85
 #: what every normal float was called in adapters that were saved before each had its own name
 _ANY_NORMAL_FLOAT = "nf2, nf4, nf8"
 
@@ -130,7 +130,7 @@ def begun_elsewhere(saved: Fingerprint, weights: list[Weight]) -> list[str]:
         now = _sample(weight, saved.count, saved.rows.get(weight.name, ()), False)
         made, here = saved.rewritten.get(weight.name), _sample(weight, saved.count, (), False)
         is_made = made is not None and made.values is not None and same_values(made.values, here.values)
-        if not then.held_like(now) and not is_made and not same_values(then.values, now.values):
+        if (now.packed or not then.held_like(now)) and not is_made and not same_values(then.values, now.values):
             out.append(f"{weight.name!r} is held as {now.held()} here and was held as {then.held()} when its adapter "
                        "was started from it; the start must be run again, and from other numbers it gives another "
                        "adapter. Load the base model as it was")
@@ -141,7 +141,8 @@ def compare(saved: Fingerprint, weights: list[Weight], made: str = "this adapter
     """What is different about another base, one sentence each; empty when it is the same. made: for the message, what
     the saved one is to what it was saved with."""
     here = {weight.name: weight for weight in weights}
-    out = []
+    out: list[str] = []
+    alike: dict[str, tuple[Tensor, Tensor]] = {}
     for name, then in saved.samples.items():
         if name not in here:
             out.append(f"base weight {name!r} {then.shape} is not in this model")
@@ -149,9 +150,27 @@ def compare(saved: Fingerprint, weights: list[Weight], made: str = "this adapter
         now = _sample(here[name], saved.count, saved.rows.get(name, ()), then.values is None)
         if now.shape != then.shape:
             out.append(f"base weight {name!r} is {now.shape} here and was {then.shape}")
+        elif then.values is None or now.values is None:
+            continue
+        elif then.held_like(now) and now.packed:
+            alike[name] = then.values, now.values
         elif not _same(then, now):
             out.append(f"base weight {name!r} has other values than the one {made}")
-    return out
+    return out + [f"base weight {name!r} has other values than the one {made}" for name in _apart(alike)]
+
+
+def _apart(alike: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """Of weights that are packed in the way that they were: those that differ, where together they are too far from
+    what they were to be the same base, or one of them is by itself. Settings, the dtype they were quantised from, and
+    some libraries' evaluation change a few codes or scales; a few values of one weight cannot tell that from another
+    base."""
+    other = {name: pair for name, pair in alike.items() if not same_values(*pair)}
+    far = [name for name, pair in other.items() if not _close(*pair, _EACH)]
+    if far or not other:
+        return far
+    then, now = (torch.cat([pair[i].double().flatten() / pair[0].double().norm().clamp_min(1e-30)
+                            for pair in alike.values()]) for i in (0, 1))
+    return [] if _close(then, now, _NEARLY) else list(other)
 
 
 def held_otherwise(saved: Fingerprint, weights: list[Weight]) -> str | None:
@@ -230,21 +249,16 @@ def _positions(size: int, count: int) -> list[int]:
 
 
 def _same(then: Sample, now: Sample) -> bool:
-    """Whether two samples may be of one base. Of a packed weight beside a dense one, or one packed in another way, no
-    more can be asked than that the numbers lie close together; of two that are packed in one way, very close: settings,
-    the dtype they were quantised from, and some libraries' evaluation change a few codes or scales."""
-    if then.values is None or now.values is None:
-        return True
-    if not then.held_like(now):
-        return _alike(then, now, _ALIKE)
-    return same_values(then.values, now.values) or (now.packed != "" and _alike(then, now, _NEARLY))
-
-
-def _alike(then: Sample, now: Sample, least: float) -> bool:
-    """Whether the cosine between the values is at least so much."""
+    """Whether two samples may be of one base: of a packed weight beside a dense one, or one packed in another way, no
+    more can be asked than that the numbers lie close together."""
     assert then.values is not None
     assert now.values is not None
-    a, b = then.values.double(), now.values.double()
+    return same_values(then.values, now.values) if then.held_like(now) else _close(then.values, now.values, _ALIKE)
+
+
+def _close(then: Tensor, now: Tensor, least: float) -> bool:
+    """Whether the cosine between the values is at least so much."""
+    a, b = then.double(), now.double()
     return bool(a @ b >= least * a.norm() * b.norm())
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from veneer.hosts import Host
 from veneer.io.records import records_of
 from veneer.io.save import save
 from veneer.method import VeneerError, nearest
@@ -22,6 +23,7 @@ from veneer.peft.card import write_card
 from veneer.peft.config import PeftConfig
 from veneer.peft.counting import count_parameters
 from veneer.peft.saving import LoadResult, dressed, values_by_part, warn_unsavable
+from veneer.peft.shown import parts
 from veneer.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from veneer.peft.tuners import tuner_class
 from veneer.peft.types import TaskType
@@ -130,11 +132,10 @@ class PeftModel(nn.Module):
         """Those of `named_parameters`, by the modules that hold them: showing them under PEFT's names takes time that a
         training step need not spend."""
         seen: set[int] = set()
-        for module in real_modules(self) if recurse else [self]:
-            for param in module._parameters.values():
-                if param is not None and id(param) not in seen:
-                    seen.add(id(param))
-                    yield param
+        for param in held_parameters(self) if recurse else self._parameters.values():
+            if param is not None and id(param) not in seen:
+                seen.add(id(param))
+                yield param
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -360,16 +361,17 @@ def _reading(kwargs: dict[str, Any]) -> dict[str, bool]:
     return {key: bool(kwargs[key]) for key in ("strict", "allow_pickle") if key in kwargs}
 
 
-def real_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all below it, each once, without what faces show."""
-    seen: set[int] = set()
-    stack = [module]
-    while stack:
-        module = stack.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield module
-            stack += [child for child in reversed(module._modules.values()) if child is not None]
+def held_parameters(module: nn.Module) -> Iterator[nn.Parameter | None]:
+    """The parameters of a module and all below it, in the order of `named_parameters`; some of them several times."""
+    yield from module._parameters.values()
+    for name, child in module._modules.items():
+        if name == "adapters" and isinstance(module, Host) and len(module.adapters) > 1:
+            groups: dict[str, list[nn.Parameter]] = {}  # PEFT has all adapters' A before their B
+            for part in parts(module):
+                groups.setdefault(part.shown.partition(".")[0], []).append(part.get())
+            yield from (param for group in groups.values() for param in group)
+        if child is not None:
+            yield from held_parameters(child)
 
 
 def _blank(kind: type[PeftModel]) -> PeftModel:

@@ -158,8 +158,8 @@ def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: Mapping[s
     tuner = tuner_of(model) or BaseTuner(base, {}, adapter_name, empty=True)
     report = tuner.load_values(adapter_name, config, {**own, **good})
     for text in report.problems:
-        if _ROUNDED in text:
-            warnings.warn(text.replace("would be", "was"), stacklevel=2)
+        if not text.startswith(("missing", "unexpected")):
+            warnings.warn(text.replace(_ROUNDED, "was rounded"), stacklevel=2)
     known = {*file_type(config).repeated, *(name for name, _ in base.named_parameters(remove_duplicate=False))}
     return LoadResult([key for key in own if key not in given],
                       [key for key in given if key not in own and not {key.rpartition(".")[2], _of_base(key)} & known])

@@ -7,7 +7,7 @@ The parameters stay where the engine has them. What is shown is made anew at eac
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -93,8 +93,9 @@ class Looked(MutableMapping[str, Any]):
     and swap it in both.
     """
 
-    def __init__(self, held: Mapping[str, Part]) -> None:
-        self.held, self.own, self.hidden = dict(held), dict[str, Any](), set[str]()
+    def __init__(self, held: Mapping[str, Part], absent: Iterable[str] = ()) -> None:
+        self.held, self.hidden = dict(held), set[str]()
+        self.own: dict[str, Any] = dict.fromkeys(absent)
 
     def __getitem__(self, name: str) -> Any:
         if name in self.hidden:
@@ -131,7 +132,7 @@ class ShownDict(nn.ModuleDict):
         return "ModuleDict"
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) and name not in self._modules:  # wrappers and replicas take a module's place
             self[name] = value
         super().__setattr__(name, value)
 
@@ -157,10 +158,20 @@ class Factor(nn.Linear):
             self.bias = None  # type: ignore[assignment]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        table = self.__dict__.get("_parameters", {})
-        if name in table and isinstance(value, Tensor) and value.dim() > 1:  # flat parts are a sharding wrapper's
-            value = table.held[name].put(value)
+        _assign(self, name, value)
         super().__setattr__(name, value)
+
+
+def _assign(module: nn.Module, name: str, value: Any) -> None:
+    """Give the adapter a parameter that is assigned to what shows it. A flat one of another size is a sharding
+    wrapper's, which gives it to the adapter by itself."""
+    table = module.__dict__.get("_parameters")
+    if isinstance(table, Looked) and name in table.held and name in table and isinstance(value, nn.Parameter):
+        old = table.held[name].get()
+        if value.numel() == old.numel() and value.dim() <= 1 < old.dim() and old.shape[-1] == 1:
+            value = nn.Parameter(value.detach().reshape(old.shape), value.requires_grad)  # a vector is held as (n, 1)
+        if value.dim() > 1 or value.shape == old.shape:
+            table.held[name].put(value)
 
 
 class ShownParameters(nn.ParameterDict):
@@ -259,25 +270,30 @@ def _put(top: nn.Module, path: str, module: nn.Module) -> None:
 def _copy(host: Host, held: Mapping[str, Part]) -> nn.Module:
     """The module as it is trained (`modules_to_save`): of its own class, over the copies of its parameters."""
     twin = bare(host)
-    twin.__dict__["_parameters"] = Looked(held)
+    twin.__dict__["_parameters"] = Looked(held, [name for name, param in host._parameters.items() if param is None])
     vectors = tuple(name for name in held if host.veneer.layouts[name].shape.is_vector)
-    if vectors:
-        twin.__class__ = _with_vectors(type(twin), vectors)
+    twin.__class__ = _copy_class(type(twin), vectors)
     return twin
 
 
-_WITH_VECTORS: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_COPIES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
-def _with_vectors(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass whose forward finds these parameters as vectors (n,); an adapter holds them as (n, 1)."""
+def _copy_class(base: type[nn.Module], vectors: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass whose forward finds these parameters as vectors (n,), which an adapter holds as (n, 1), and in which
+    assigning a parameter gives it to the adapter."""
     def vector(name: str) -> property:
         return property(lambda self: self._parameters[name].reshape(-1))
 
-    if (base, names) not in _WITH_VECTORS:
-        body = {**{name: vector(name) for name in names}, "__module__": base.__module__}
-        _WITH_VECTORS[base, names] = type(base.__name__, (base,), body)
-    return _WITH_VECTORS[base, names]
+    def assign(self: Any, name: str, value: Any) -> None:
+        _assign(self, name, value)
+        if not (name in vectors and isinstance(value, nn.Parameter)):
+            base.__setattr__(self, name, value)
+
+    if (base, vectors) not in _COPIES:
+        body = {**{name: vector(name) for name in vectors}, "__module__": base.__module__, "__setattr__": assign}
+        _COPIES[base, vectors] = type(base.__name__, (base,), body)
+    return _COPIES[base, vectors]
 
 
 #: of a module's attributes, those that do not belong to its twin: what the engine and wrappers keep on it

@@ -20,12 +20,12 @@ from veneer.eva import replaced
 from veneer.hosts import Host
 from veneer.io.load import LoadReport, load_tensors
 from veneer.io.load import load as load_adapter
-from veneer.merge import merge, unmerge
+from veneer.merge import unmerge
 from veneer.method import VeneerError
-from veneer.methods import DoRA, LoRA
+from veneer.methods import DoRA, Full, LoRA
 from veneer.peft.config import CONFIG_NAME, PeftConfig, plain
 from veneer.peft.dtypes import cast_adapter_dtype, settle_new
-from veneer.peft.layers.base import BaseTunerLayer, require_grad, set_live
+from veneer.peft.layers.base import BaseTunerLayer, merge_instead, require_grad, set_live
 from veneer.peft.layers.faces import show_faces
 from veneer.peft.replicate import replicated
 from veneer.peft.translate import translate
@@ -182,6 +182,7 @@ class BaseTuner(nn.Module):
         if any(host.veneer.merged for _, host in hosts(self.model)):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
             self.unmerge_adapter()
+        self._refuse_copies(names, "active")
         set_live(self.model, names)
         self._train_active(inference_mode)
 
@@ -219,7 +220,7 @@ class BaseTuner(nn.Module):
         """
         wanted = self._to_merge(adapter_names)
         if wanted != self._merged():
-            self._merge(wanted, keep=True)
+            merge_instead(self.model, self._merged(), wanted, keep=True)
 
     def unmerge_adapter(self) -> None:
         if self._merged():
@@ -239,7 +240,7 @@ class BaseTuner(nn.Module):
         """
         wanted = self._to_merge(adapter_names)
         if wanted:
-            self._merge(wanted, keep=False)
+            merge_instead(self.model, self._merged(), wanted, keep=False)
         base = self.unload()
         left = [name for name, module in base_modules(base) if packed_storage(module) is not None]
         if left and wanted:
@@ -252,23 +253,17 @@ class BaseTuner(nn.Module):
         several of them have copies of the same module."""
         wanted = list(dict.fromkeys([*self._merged(), *(self.active_adapters if names is None else names)]))
         known_names(self.model, wanted)
-        whole = [name for name in wanted if getattr(self.peft_config.get(name), "modules_to_save", None)]
-        if len(whole) > 1:
-            raise ValueError(f"adapters {', '.join(whole)} each have copies of modules (modules_to_save), and only one "
-                             "of them can be merged")
+        self._refuse_copies(wanted, "merged")
         return wanted
 
-    def _merge(self, wanted: Sequence[str], keep: bool) -> None:
-        """Merge these in place of what is merged, which is merged again where that fails."""
-        merged = self._merged()
-        if merged:
-            unmerge(self.model)
-        try:
-            merge(self.model, wanted, keep)
-        except VeneerError:
-            if merged:
-                merge(self.model, merged)
-            raise
+    def _refuse_copies(self, names: Sequence[str], what: str) -> None:
+        """Raise `ValueError` where several of these adapters have trained copies of one module."""
+        owners: dict[str, str] = {}
+        for name in names:
+            for weight, adapter in attached(self.model, name):
+                if isinstance(adapter.method, Full) and owners.setdefault(weight.name, name) != name:
+                    raise ValueError(f"adapters {owners[weight.name]!r} and {name!r} each have a trained copy of "
+                                     f"{weight.name!r} (modules_to_save), and only one of them can be {what}")
 
     def _refuse_merged(self, doing: str) -> None:
         merged = self._merged()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -30,10 +28,9 @@ def _floats(codes: Tensor) -> Tensor:
     if codes.dtype == torch.int8:
         return codes.float()
     # Looking a float8 number up takes a seventh of the time that PyTorch's conversion does.
-    return _table(codes.dtype).index_select(0, codes.reshape(-1).view(torch.uint8).int()).view(codes.shape)
+    return _TABLES[codes.dtype].index_select(0, codes.reshape(-1).view(torch.uint8).int()).view(codes.shape)
 
 
-@functools.lru_cache
-def _table(dtype: torch.dtype) -> Tensor:
-    """What every byte means."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+#: what every byte means. Made here and not at the first use, which may be under another default device or fake tensors
+_TABLES = {dtype: torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
+           for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)}

@@ -54,7 +54,7 @@ def decode(blocks: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(values).to(blocks.device, dtype).view(rows, -1)
     flat = blocks.reshape(-1, kind.bytes)
     out = torch.empty(len(flat), kind.numbers, dtype=dtype, device=blocks.device)
-    step = _CHUNK // kind.numbers
+    step = (_CHUNK if blocks.device.type == "cpu" else 32 * _CHUNK) // kind.numbers
     for at in range(0, len(flat), step):
         out[at:at + step] = read(flat[at:at + step])
     return out.view(rows, -1)

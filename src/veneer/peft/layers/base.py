@@ -145,12 +145,10 @@ class BaseTunerLayer(Host):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapted weight over the base weight of this layer. It is always checked to be finite."""
         names = [name for name in adapter_names or self.active_adapters if name in self.adapters]
-        already = [name for name in self.veneer.merged if name not in names]
-        if not set(names) - set(self.veneer.merged):
+        merged = list(self.veneer.merged)
+        if not set(names) - set(merged):
             return
-        if already:
-            unmerge(self)
-        merge(self, [*already, *names])
+        merge_instead(self, merged, list(dict.fromkeys([*merged, *names])), keep=True)
 
     def unmerge(self) -> None:
         if not self.veneer.merged:
@@ -173,6 +171,18 @@ def require_grad(module: nn.Module, flag: bool) -> None:
     for each in [module, *(state for state in states if state is not None)]:
         for param in each.parameters():
             param.requires_grad_(flag)
+
+
+def merge_instead(model: nn.Module, merged: Sequence[str], wanted: Sequence[str], keep: bool) -> None:
+    """Merge adapters in place of those that are merged, which are merged again where that fails."""
+    if merged:
+        unmerge(model)
+    try:
+        merge(model, wanted, keep)
+    except BaseException:  # also where memory runs out, or somebody interrupts
+        if merged:
+            merge(model, merged)
+        raise
 
 
 def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:

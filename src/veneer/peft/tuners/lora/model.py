@@ -38,7 +38,7 @@ class LoraModel(BaseTuner):
         cut to `svd_rank`, by default the largest of the ranks. svd_full_matrices, svd_driver: how PEFT computes what is
         computed without a dense ΔW here; without effect.
 
-        Raises `ValueError` for unknown adapters and ways, a name in use, and settings that do not go together.
+        Raises `ValueError` for unknown adapters and ways, and settings that do not go together.
         """
         if adapter_name in self.peft_config:
             return
