@@ -81,7 +81,7 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _nibbles(codes: Tensor) -> Tensor:
     """uint8 (n, 16) → (n, 32): the low halves of the bytes, then the high ones."""
-    codes = codes.contiguous()  # a copy, after which both halves take a tenth of the time
+    codes = codes.contiguous()  # a small copy, after which both operations are vectorised
     return torch.cat([codes & 15, codes >> 4], 1)
 
 
